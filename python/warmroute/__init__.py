@@ -1,0 +1,1 @@
+"""Sends each LLM request to the worker whose KV cache is already warm."""

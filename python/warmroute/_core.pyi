@@ -1,0 +1,388 @@
+"""The decision engine (Rust). Nothing here reads a clock or does IO; every `now_ns` is CLOCK_MONOTONIC in ns.
+
+Nothing has a default: `warmroute.config` alone has defaults. Words: a *target* is one dp rank of a worker and lives in a
+*slot* (0..4095). The slots of one worker are contiguous; the first is its *head*, and worker-level calls take the head.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+class BadRequest(ValueError):  # noqa: N818
+    """The client's body cannot be routed: an answer of 400. `args == (message, param_or_None)`."""
+
+class BadHead(ValueError):  # noqa: N818
+    """A head or framing that must be refused. `args == (status, message)`; the connection is closed afterwards."""
+
+class UnknownModel(LookupError):  # noqa: N818
+    """No worker serves that model: an answer of 404. `args == (model,)`."""
+
+class RegionBusy(TimeoutError):  # noqa: N818
+    """The region's lock was not had in time: an answer of 503."""
+
+# ---------------------------------------------------------------------------------------------------------------- core
+
+@final
+class Endpoint:
+    CHAT: ClassVar[Endpoint]
+    COMPLETIONS: ClassVar[Endpoint]
+    GENERATE: ClassVar[Endpoint]
+    def __int__(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class OutcomeKind:
+    """How one attempt at a target ended; decides what the breaker learns and what the lease's claim is worth."""
+
+    ANSWERED: ClassVar[OutcomeKind]
+    """The worker's response arrived whole; `status` says what it was (5xx but 501 counts against the worker)."""
+    CONNECT_FAILED: ClassVar[OutcomeKind]
+    """Refused, unreachable or timed out before the request was sent. The claim is taken back."""
+    STALE_CONNECTION: ClassVar[OutcomeKind]
+    """A pooled connection was already dead: says nothing about the worker, does not exclude it."""
+    NO_ANSWER: ClassVar[OutcomeKind]
+    """Sent, then reset, closed, garbage or timed out before any byte of the answer. The claim is taken back."""
+    BROKEN_STREAM: ClassVar[OutcomeKind]
+    """The answer broke off after it had begun."""
+    CANCELLED: ClassVar[OutcomeKind]
+    """The client went away. Says nothing about the worker."""
+    def __int__(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Transition:
+    """A fact for the log: a machine of the worker at `head` changed its state."""
+
+    @property
+    def head(self) -> int: ...
+    @property
+    def machine(self) -> str: ...  # "health" | "breaker"
+    @property
+    def previous(self) -> str: ...
+    @property
+    def current(self) -> str: ...  # pending ready unhealthy | closed open half_open
+
+@final
+class RoutedRequest:
+    """What one scan of a body found. Remembers which workers failed it."""
+
+    @property
+    def endpoint(self) -> Endpoint: ...
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def stream(self) -> bool: ...
+    @property
+    def prompt_bytes(self) -> int:
+        """Length of the routed text (all prompts of a batch), in bytes of decoded text."""
+    def finish(self, status: int, first_byte_ns: int, now_ns: int) -> None:
+        """Count the client's request as answered, once (later calls do nothing).
+
+        `status` is what the client got (499: it went away); `first_byte_ns` is -1 when no byte was sent to it.
+        Durations are measured from the `now_ns` given to `Core.read`.
+        """
+
+@final
+class Lease:
+    """One attempt's claim on one target. Dropped without `release`, it counts as CANCELLED."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def incarnation(self) -> int: ...
+    @property
+    def match_bytes(self) -> int: ...
+    @property
+    def predicted_cached_tokens(self) -> int: ...
+    @property
+    def splice(self) -> tuple[int, bytes] | None:
+        """(offset into the body, bytes to insert there) for a worker with dp ranks, else None."""
+    def release(
+        self,
+        kind: OutcomeKind,
+        status: int,
+        first_byte_ns: int,
+        chunks: int,
+        max_gap_ns: int,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int,
+        now_ns: int,
+        /,
+    ) -> tuple[Transition, ...]:
+        """Give the claim back; idempotent (a second call returns ()). -1 stands for unknown.
+
+        CONNECT_FAILED, NO_ANSWER, and ANSWERED with a retryable status (408, 429, 500, 502, 503, 504) exclude the worker from
+        later selects of the same request. CONNECT_FAILED, NO_ANSWER and BROKEN_STREAM ask for a probe of the worker at once.
+        """
+
+@final
+class TargetInfo:
+    """One target as it stands now; for the admin API and the metrics."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def head(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def incarnation(self) -> int: ...
+    @property
+    def health(self) -> str: ...  # pending | ready | unhealthy
+    @property
+    def breaker(self) -> str: ...  # closed | open | half_open
+    @property
+    def draining(self) -> bool: ...
+    @property
+    def available(self) -> bool: ...
+    @property
+    def load(self) -> int:
+        """Requests in flight."""
+    @property
+    def outstanding_tokens(self) -> int:
+        """Predicted uncached prompt tokens of the requests in flight."""
+    @property
+    def consecutive_failures(self) -> int: ...
+    @property
+    def consecutive_successes(self) -> int: ...
+    @property
+    def selections(self) -> int: ...
+    @property
+    def failures(self) -> int: ...
+    @property
+    def prompt_tokens(self) -> int:
+        """Sum over answers that reported it; the two below are over the same answers."""
+    @property
+    def reported_cached_tokens(self) -> int: ...
+    @property
+    def predicted_cached_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def index_characters(self) -> int:
+        """Characters (bytes) of prompt text that the index credits this target with."""
+
+@final
+class RequestSeries:
+    """Counters of one (model, endpoint, streaming)."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def endpoint(self) -> Endpoint: ...
+    @property
+    def streaming(self) -> bool: ...
+    @property
+    def accepted(self) -> int: ...
+    @property
+    def answered(self) -> dict[int, int]:
+        """Status to count; only statuses that occurred."""
+    @property
+    def attempts(self) -> int: ...
+    @property
+    def retries(self) -> int:
+        """Attempts beyond the first of a request."""
+    @property
+    def duration_buckets(self) -> list[int]:
+        """Counts per bucket of `duration_buckets_ns`, not cumulative; one more for +Inf."""
+    @property
+    def duration_sum_ns(self) -> int: ...
+    @property
+    def first_byte_buckets(self) -> list[int]: ...
+    @property
+    def first_byte_sum_ns(self) -> int: ...
+
+@final
+class Core:
+    def __new__(
+        cls,
+        *,
+        policy: str,
+        cache_threshold: float,
+        balance_abs_threshold: int,
+        balance_rel_threshold: float,
+        max_tree_size: int,
+        eviction_interval_ns: int,
+        index_memory_bytes: int,
+        hash_seed: int,
+        seed: int,
+        strict_model: bool,
+        health_failure_threshold: int,
+        health_success_threshold: int,
+        breaker_enabled: bool,
+        breaker_failure_threshold: int,
+        breaker_success_threshold: int,
+        breaker_timeout_ns: int,
+        breaker_window_ns: int,
+        duration_buckets_ns: Sequence[int],
+    ) -> Core: ...
+
+    # -- a request
+    def read(self, path: bytes, routing_headers: bytes, body: bytes, now_ns: int, /) -> RoutedRequest:
+        """Scan a body once. `path` is one of the routed paths; `routing_headers` is `RequestHead.routing_headers`.
+
+        Raises BadRequest. Counts the request as accepted (its model's series is settled by the first select).
+        """
+    def select(self, request: RoutedRequest, now_ns: int, allow_failed: bool, /) -> Lease | None:
+        """Choose a target, raise its load, stamp the prefix. None: nobody is available.
+
+        Workers that failed this request are left out unless `allow_failed`. Raises UnknownModel, RegionBusy.
+        """
+
+    # -- workers
+    def add_worker(self, models: Sequence[str], dp_size: int, kv_capacity_tokens: int, now_ns: int, /) -> list[int]:
+        """Claim `dp_size` slots, pending until probes succeed. `models[0]` is the name, the rest are aliases.
+
+        `kv_capacity_tokens` is per rank; 0: unknown. Raises MemoryError when no slot is left, ValueError on bad arguments.
+        """
+    def update_worker(self, head: int, models: Sequence[str], kv_capacity_tokens: int, now_ns: int, /) -> None:
+        """The worker was asked again. Its slots stay."""
+    def restart_worker(self, head: int, now_ns: int, /) -> None:
+        """The worker is known to have lost its cache (restart, flush, new weights): forget what it held. O(1)."""
+    def drain_worker(self, head: int, /) -> None:
+        """No new leases from now on."""
+    def remove_worker(self, head: int, /) -> None:
+        """Free its slots; leases still out release without effect. O(1) in the index."""
+    def observe_probe(self, head: int, ok: bool, now_ns: int, /) -> tuple[Transition, ...]: ...
+    def take_probe_requests(self) -> list[int]:
+        """Heads of workers whose failed attempts ask for a probe now; each is named once."""
+    def evict(self, now_ns: int, max_buckets: int, /) -> int:
+        """Reclaim index entries past their horizon in at most `max_buckets` buckets; how many were freed."""
+
+    # -- views
+    def load(self, slot: int, /) -> int: ...
+    def target(self, slot: int, /) -> TargetInfo: ...
+    def targets(self) -> list[TargetInfo]: ...
+    def readiness(self) -> tuple[int, int]:
+        """(workers available, workers registered)"""
+    def series(self) -> list[RequestSeries]: ...
+    def check_integrity(self) -> None:
+        """Raises AssertionError naming the first broken invariant."""
+
+def policy_names() -> list[str]: ...
+
+# ---------------------------------------------------------------------------------------------------------------- http
+
+@final
+class Route:
+    """What a request line asks for, as far as the data plane cares."""
+
+    CHAT: ClassVar[Route]
+    COMPLETIONS: ClassVar[Route]
+    GENERATE: ClassVar[Route]
+    HEALTH: ClassVar[Route]
+    LIVENESS: ClassVar[Route]
+    READINESS: ClassVar[Route]
+    CONTROL: ClassVar[Route]
+    """Everything else, also a routed path with another method than POST."""
+    def __int__(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class RequestHead:
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> bytes:
+        """Without the query."""
+    @property
+    def route(self) -> Route: ...
+    @property
+    def is_routed(self) -> bool:
+        """CHAT, COMPLETIONS or GENERATE."""
+    @property
+    def size(self) -> int:
+        """Bytes of the head, the empty line included."""
+    @property
+    def content_length(self) -> int:
+        """-1: none given."""
+    @property
+    def chunked(self) -> bool: ...
+    @property
+    def keep_alive(self) -> bool: ...
+    @property
+    def http_1_0(self) -> bool: ...
+    @property
+    def expect_continue(self) -> bool: ...
+    @property
+    def request_id(self) -> bytes | None:
+        """The first of the configured headers that the client sent."""
+    @property
+    def authorization(self) -> bytes | None: ...
+    @property
+    def routing_headers(self) -> bytes:
+        """The header lines that policies read, as `name: value\\r\\n` with lower-case names; b"" as a rule."""
+    def to_worker(self, host: bytes, authorization: bytes | None, request_id: bytes, content_length: int, /) -> bytes:
+        """The head to send to a worker: request line, host, content-length, x-request-id, and of the client's headers only
+        content-type, accept, user-agent, x-correlation-id, traceparent, tracestate, the routing keys, x-data-parallel-rank, and
+        authorization (replaced by `authorization` when that is given; b"" drops it)."""
+    def to_control(self, content_length: int, /) -> bytes:
+        """The head to send to the control app: everything end-to-end, with a content-length (-1: none)."""
+
+@final
+class ResponseHead:
+    @property
+    def status(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def content_length(self) -> int:
+        """-1: none given."""
+    @property
+    def chunked(self) -> bool: ...
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the worker's connection can be used again after this response."""
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the x-prompt-tokens header; -1 when absent or not a number. Likewise cached_tokens of x-cached-tokens."""
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def retry_after_seconds(self) -> int: ...
+    def to_client(self, extra: bytes, keep_alive: bool, chunked: bool, /) -> bytes:
+        """The head to send to the client: status line and end-to-end headers as the worker sent them, framing headers
+        (content-length kept, or transfer-encoding when `chunked`), `connection: close` unless `keep_alive`, then `extra`
+        (whole lines, each with CRLF)."""
+
+@final
+class HeadParser:
+    def __new__(cls, *, request_id_headers: Sequence[str], max_head_bytes: int) -> HeadParser: ...
+    def request(self, data: bytes, /) -> RequestHead | None:
+        """Parse the head at the start of `data`; None: more bytes are needed. Raises BadHead (400, 431, 505)."""
+    def response(self, data: bytes, head_request: bool, /) -> ResponseHead | None:
+        """As `request`, for a worker. 1xx heads are returned like others. Raises BadHead(502, ...)."""
+
+@final
+class BodyReader:
+    """Finds the end of a message body in a stream of bytes. The bytes themselves are not touched."""
+
+    @staticmethod
+    def of_length(length: int, /) -> BodyReader: ...
+    @staticmethod
+    def of_chunks() -> BodyReader: ...
+    @staticmethod
+    def until_eof() -> BodyReader: ...
+    def feed(self, data: bytes, /) -> int:
+        """-1: all of `data` belongs to the body and it goes on; else how many bytes of `data` end it.
+
+        Raises BadHead(400, ...) on framing that cannot be right.
+        """
+    @property
+    def done(self) -> bool: ...
+    def usage(self) -> tuple[int, int, int]:
+        """(prompt, completion, cached) tokens found in the last bytes of the body (a JSON body or an SSE stream); -1 unknown."""
+
+@final
+class ChunkDecoder:
+    """Takes the chunked coding off."""
+
+    def __new__(cls, max_body_bytes: int, /) -> ChunkDecoder: ...
+    def feed(self, data: bytes, /) -> tuple[bytes, int]:
+        """(decoded bytes, end): `end` is -1 while the body goes on, else the number of bytes of `data` that ended it.
+
+        Raises BadHead(400 or 413, ...).
+        """

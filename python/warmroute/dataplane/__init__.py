@@ -1,0 +1,1 @@
+"""The hot path: raw asyncio protocols on both sides."""

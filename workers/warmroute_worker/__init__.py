@@ -1,0 +1,1 @@
+"""A torch inference server with a paged KV pool and a radix prefix cache."""
