@@ -278,7 +278,7 @@ class Route:
     CONTROL: ClassVar[Route]
     """Everything else, also a routed path with another method than POST."""
     def __int__(self) -> int: ...
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
@@ -342,11 +342,12 @@ class ResponseHead:
     @property
     def cached_tokens(self) -> int: ...
     @property
-    def retry_after_seconds(self) -> int: ...
+    def retry_after_seconds(self) -> int:
+        """-1 when absent or a date."""
     def to_client(self, extra: bytes, keep_alive: bool, chunked: bool, /) -> bytes:
         """The head to send to the client: status line and end-to-end headers as the worker sent them, framing headers
         (content-length kept, or transfer-encoding when `chunked`), `connection: close` unless `keep_alive`, then `extra`
-        (whole lines, each with CRLF)."""
+        (whole lines, each with CRLF). The worker's own x-request-id is dropped: `extra` brings the router's."""
 
 @final
 class HeadParser:
@@ -373,6 +374,12 @@ class BodyReader:
         """
     @property
     def done(self) -> bool: ...
+    @property
+    def open_chunk_bytes(self) -> int:
+        """Of a chunked body that goes on: bytes missing until the current chunk and its CRLF are complete (0: at a chunk
+        boundary); -1 inside a chunk's size line or a trailer, or for another framing."""
+    def end_of_file(self) -> bool:
+        """The connection ended here. True if that ends the body (`until_eof`, or it was done already)."""
     def usage(self) -> tuple[int, int, int]:
         """(prompt, completion, cached) tokens found in the last bytes of the body (a JSON body or an SSE stream); -1 unknown."""
 
