@@ -5,6 +5,7 @@
 pub mod breaker;
 pub mod error;
 pub mod health;
+pub mod http1;
 pub mod metrics;
 pub mod model;
 pub mod outcome;

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod core;
 mod enums;
 mod errors;
+mod http1;
 mod request;
 mod views;
 
@@ -15,5 +16,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     enums::register(module)?;
     request::register(module)?;
     views::register(module)?;
-    core::register(module)
+    core::register(module)?;
+    http1::register(module)
 }
