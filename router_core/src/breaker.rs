@@ -94,6 +94,11 @@ impl Breaker {
         }
     }
 
+    /// Whether attempts need a permit.
+    pub fn is_half_open(self) -> bool {
+        matches!(self, Self::HalfOpen { .. })
+    }
+
     /// The state's name, for logs and the admin API.
     pub fn name(self) -> &'static str {
         match self {

@@ -33,6 +33,8 @@ use crate::region::{MAX_TARGETS, Region, State};
 use names::Names;
 use request::Progress;
 
+const BAD_REQUEST: u16 = 400;
+
 /// A fact for the log: a machine of a worker changed its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transition {
@@ -81,7 +83,7 @@ impl Router {
     /// `routing_headers`: lines `name: value\r\n` with lower-case names.
     ///
     /// # Errors
-    /// [`BadRequest`]; what was refused is not counted.
+    /// [`BadRequest`]. It is counted as answered with 400: nobody else can count it, since there is no request.
     pub fn read(
         self: &Arc<Self>,
         endpoint: Endpoint,
@@ -89,8 +91,15 @@ impl Router {
         body: &[u8],
         now_ns: u64,
     ) -> Result<Arc<Request>, BadRequest> {
-        let prompt = self.reader.read(endpoint, body)?;
-        Ok(Arc::new(Request::new(self, endpoint, routing_headers, prompt, now_ns)))
+        match self.reader.read(endpoint, body) {
+            Ok(prompt) => Ok(Arc::new(Request::new(self, endpoint, routing_headers, prompt, now_ns))),
+            Err(refused) => {
+                let series = self.slab.settle(None, endpoint, false);
+                self.slab.accept(series);
+                self.slab.answer(series, BAD_REQUEST, 0, None);
+                Err(refused)
+            }
+        }
     }
 
     /// Choose a target, raise its load, stamp the prefix. None: nobody is available.
@@ -149,7 +158,7 @@ impl Router {
         let bytes_per_token = state.targets.bytes_per_token(slot);
         let tokens = (uncached_bytes as f64 / bytes_per_token) as u64;
         let head = state.targets.head(slot);
-        let permit = state.targets.breaker(head).name() == "half_open";
+        let permit = state.targets.breaker(head).is_half_open();
         state.targets.begin(slot, tokens, permit);
         if permit {
             self.refresh_availability(state, head);

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::request::Request;
 use super::{Router, Transition};
+use crate::error::Error;
 use crate::metrics::TargetCounter;
 use crate::outcome::Outcome;
 use crate::prefix_index::Claim;
@@ -70,8 +71,8 @@ impl Lease {
     /// Give it back; once, later calls do nothing.
     ///
     /// # Errors
-    /// [`crate::error::Error::RegionBusy`]: nothing was given back, call again.
-    pub fn release(&self, outcome: &Outcome, now_ns: u64) -> Result<Vec<Transition>, crate::error::Error> {
+    /// [`Error::RegionBusy`]: nothing was given back, call again.
+    pub fn release(&self, outcome: &Outcome, now_ns: u64) -> Result<Vec<Transition>, Error> {
         if self.released.swap(true, Ordering::AcqRel) {
             return Ok(Vec::new());
         }
@@ -95,7 +96,7 @@ impl Router {
         terms: &Terms,
         outcome: &Outcome,
         now_ns: u64,
-    ) -> Result<Vec<Transition>, crate::error::Error> {
+    ) -> Result<Vec<Transition>, Error> {
         let mut progress = request.progress();
         let mut guard = self.region.lock()?;
         let mut state = guard.state();
@@ -140,8 +141,11 @@ impl Router {
         let count = |counter, amount| self.slab.count(slot, terms.incarnation, counter, amount);
         let prompt_bytes = request.prompt().prompt_bytes;
         if let Ok(prompt_tokens @ 1..) = u64::try_from(outcome.prompt_tokens) {
-            state.targets.learn(slot, prompt_bytes, prompt_tokens);
-            self.fit_capacity(state, slot);
+            // Without text (embeddings) there is nothing to learn.
+            if prompt_bytes > 0 {
+                state.targets.learn(slot, prompt_bytes, prompt_tokens);
+                self.fit_capacity(state, slot);
+            }
             if let Ok(cached_tokens) = u64::try_from(outcome.cached_tokens) {
                 count(TargetCounter::PromptTokens, prompt_tokens);
                 count(TargetCounter::ReportedCachedTokens, cached_tokens);
