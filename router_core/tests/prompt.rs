@@ -173,11 +173,11 @@ proptest! {
     ) {
         let mut bytes = spell(&body, &mut Spelling::new(seed)).into_bytes();
         for (place, byte, edit) in edits {
-            let place = place.index(bytes.len());
+            let place = place.index(bytes.len().max(1));
             match edit {
-                0 => bytes[place] = byte,
-                1 => { bytes.remove(place); }
-                _ => bytes.truncate(place.max(1)),
+                0 if place < bytes.len() => bytes[place] = byte,
+                1 if place < bytes.len() => { bytes.remove(place); }
+                _ => bytes.truncate(place),
             }
         }
         agrees_with_serde_json(&bytes)?;
