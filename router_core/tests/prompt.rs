@@ -409,6 +409,22 @@ fn deep_nesting_is_refused_wherever_it_stands() {
     }
 }
 
+#[test]
+fn a_large_body_is_read_like_a_small_one() {
+    let filler = "x".repeat(300 << 10);
+    let large =
+        |rest: &str| format!(r#"{{"filler":"{filler}","messages":[{{"role":"user","content":"hi \ud800"}}]{rest}"#);
+    let good = read(Endpoint::Chat, large("}").as_bytes()).expect("a chat");
+    let small = large("}").replace(&filler, "");
+    assert_eq!(keys(&good), keys(&read(Endpoint::Chat, small.as_bytes()).expect("a chat")));
+    for rest in ["", ",}", r#","x":[1,]}"#, r#","x":"\q"}"#, r#","x":"\u12"}"#, "} x", r#","x":tru}"#] {
+        assert_eq!(read(Endpoint::Chat, large(rest).as_bytes()).expect_err(rest).param, None);
+    }
+    let deep = format!(r#","x":{}{}}}"#, "[".repeat(100), "]".repeat(100));
+    let refusal = read(Endpoint::Chat, large(&deep).as_bytes()).expect_err("too deep");
+    assert_eq!(refusal.message, "The body is not valid JSON: more than 64 levels of nesting");
+}
+
 /// Work done for a body is a constant times its length: what is kept of it never is more than a constant times its length, also
 /// where a body repeats what could pile up. (That no step is done per pair of things is what the sizes below would show: at
 /// these sizes a step per pair takes minutes, and tests have a time-out.)
