@@ -15,6 +15,7 @@
 mod blocks;
 mod body;
 mod chat;
+mod guard;
 mod input;
 mod json;
 

@@ -151,19 +151,20 @@ fn health_decides_who_is_asked() {
     fleet.add_pending(&[MODEL], 2);
     let request = fleet.text("a prompt");
     let is_available = || fleet.try_select(&request).unwrap().is_some();
-    let table: [(bool, Option<(&str, &str)>, bool); 9] = [
+    let ready = Transition { head: 0, machine: "health", previous: "pending", current: "ready" };
+    let unhealthy = Transition { head: 0, machine: "health", previous: "ready", current: "unhealthy" };
+    let table = [
         (true, None, false),
-        (true, Some(("pending", "ready")), true),
+        (true, Some(ready), true),
         (false, None, true),
         (false, None, true),
         (true, None, true),
         (false, None, true),
         (false, None, true),
-        (false, Some(("ready", "unhealthy")), false),
+        (false, Some(unhealthy), false),
         (true, None, false),
     ];
-    for (ok, moved, available) in table {
-        let expected = moved.map(|(previous, current)| Transition { head: 0, machine: "health", previous, current });
+    for (ok, expected, available) in table {
         assert_eq!(fleet.probe(0, ok), expected.into_iter().collect::<Vec<_>>());
         assert_eq!(is_available(), available);
         assert_eq!(fleet.router.readiness(), Ok((usize::from(available), 1)));

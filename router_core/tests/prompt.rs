@@ -173,11 +173,11 @@ proptest! {
     ) {
         let mut bytes = spell(&body, &mut Spelling::new(seed)).into_bytes();
         for (place, byte, edit) in edits {
-            let place = place.index(bytes.len());
+            let place = place.index(bytes.len().max(1));
             match edit {
-                0 => bytes[place] = byte,
-                1 => { bytes.remove(place); }
-                _ => bytes.truncate(place.max(1)),
+                0 if place < bytes.len() => bytes[place] = byte,
+                1 if place < bytes.len() => { bytes.remove(place); }
+                _ => bytes.truncate(place),
             }
         }
         agrees_with_serde_json(&bytes)?;
@@ -407,6 +407,22 @@ fn deep_nesting_is_refused_wherever_it_stands() {
         let fine = r#"{"messages":[{"role":"user","content":"x"}],"x":@}"#.replace('@', &nested("[", "]", 60));
         read(Endpoint::Chat, fine.as_bytes()).expect("60 levels");
     }
+}
+
+#[test]
+fn a_large_body_is_read_like_a_small_one() {
+    let filler = "x".repeat(300 << 10);
+    let large =
+        |rest: &str| format!(r#"{{"filler":"{filler}","messages":[{{"role":"user","content":"hi \ud800"}}]{rest}"#);
+    let good = read(Endpoint::Chat, large("}").as_bytes()).expect("a chat");
+    let small = large("}").replace(&filler, "");
+    assert_eq!(keys(&good), keys(&read(Endpoint::Chat, small.as_bytes()).expect("a chat")));
+    for rest in ["", ",}", r#","x":[1,]}"#, r#","x":"\q"}"#, r#","x":"\u12"}"#, "} x", r#","x":tru}"#] {
+        assert_eq!(read(Endpoint::Chat, large(rest).as_bytes()).expect_err(rest).param, None);
+    }
+    let deep = format!(r#","x":{}{}}}"#, "[".repeat(100), "]".repeat(100));
+    let refusal = read(Endpoint::Chat, large(&deep).as_bytes()).expect_err("too deep");
+    assert_eq!(refusal.message, "The body is not valid JSON: more than 64 levels of nesting");
 }
 
 /// Work done for a body is a constant times its length: what is kept of it never is more than a constant times its length, also

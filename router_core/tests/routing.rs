@@ -199,30 +199,30 @@ fn a_claim_that_was_never_true_is_taken_back() {
     }
 }
 
+/// Models of each worker, strict, the name asked for, who may get it (None: it is unknown).
+struct ModelCase(&'static [&'static [&'static str]], bool, &'static str, Option<&'static [u16]>);
+
 #[test]
 fn models() {
-    let table: [(&[&[&str]], bool, &str, Result<&[u16], ()>); 9] = [
-        // models of each worker, strict, the name asked for, who may get it
-        (&[&["a"]], false, "a", Ok(&[0])),
-        (&[&["a"]], false, "whatever", Ok(&[0])),
-        (&[&["a"]], true, "whatever", Err(())),
-        (&[&["a", "alias"], &["a"]], true, "alias", Ok(&[0])),
-        (&[&["a", "alias"], &["a"]], false, "whatever", Ok(&[0, 1])),
-        (&[&["a"], &["b"], &["b"]], false, "b", Ok(&[1, 2])),
-        (&[&["a"], &["b"]], false, "c", Err(())),
-        (&[&["a", "b"], &["b", "a"]], false, "c", Err(())),
-        (&[], true, "a", Ok(&[])),
+    let table = [
+        ModelCase(&[&["a"]], false, "a", Some(&[0])),
+        ModelCase(&[&["a"]], false, "whatever", Some(&[0])),
+        ModelCase(&[&["a"]], true, "whatever", None),
+        ModelCase(&[&["a", "alias"], &["a"]], true, "alias", Some(&[0])),
+        ModelCase(&[&["a", "alias"], &["a"]], false, "whatever", Some(&[0, 1])),
+        ModelCase(&[&["a"], &["b"], &["b"]], false, "b", Some(&[1, 2])),
+        ModelCase(&[&["a"], &["b"]], false, "c", None),
+        ModelCase(&[&["a", "b"], &["b", "a"]], false, "c", None),
+        ModelCase(&[], true, "a", Some(&[])),
     ];
-    for (workers, strict_model, model, expected) in table {
+    for ModelCase(workers, strict_model, model, expected) in table {
         let fleet = Fleet::new(Settings { policy: "random".to_owned(), strict_model, ..settings() }, 0);
         workers.iter().for_each(|models| drop(fleet.add(models, 1)));
         let select = |_| fleet.try_select(&fleet.for_model(model));
         let used: Result<BTreeSet<u16>, Error> =
             (0..64).map(select).filter_map(|lease| lease.transpose()).map(|lease| Ok(lease?.slot())).collect();
-        match expected {
-            Ok(slots) => assert_eq!(used, Ok(slots.iter().copied().collect()), "{workers:?} {model}"),
-            Err(()) => assert_eq!(used, Err(Error::UnknownModel(model.to_owned())), "{workers:?} {model}"),
-        }
+        let expected = expected.map(|slots| slots.iter().copied().collect());
+        assert_eq!(used, expected.ok_or(Error::UnknownModel(model.to_owned())), "{workers:?} {model}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! Rows: the holders of a block that has more than two, 14 to a cache line, in a fixed pool.
 //!
 //! A row carries the position of the entry it belongs to and is valid only if that entry points back; a row that is not valid is
-//! free. So nobody keeps a list of free rows, and a row that a dying process left behind is found again.
+//! free. So nobody frees rows or keeps a list of free ones, and a row that a dying process left behind is found again.
 
 use super::table::Holder;
 
@@ -35,12 +35,6 @@ impl Rows<'_> {
 
     pub(super) fn belongs(&self, row: u32, position: u32) -> bool {
         self.owner(row) == Some(position)
-    }
-
-    pub(super) fn release(&mut self, row: u32) {
-        if let Some(words) = self.row_mut(row) {
-            words[0] = 0;
-        }
     }
 
     pub(super) fn count(&self, row: u32) -> usize {

@@ -28,7 +28,6 @@ impl Store<'_> {
             Some(position) => self.add(position, holder, age),
             None => {
                 if let Some(position) = self.room(key, class, age) {
-                    self.free_row(position);
                     self.table.replace(position, key, class, holder);
                 }
             }
@@ -69,7 +68,6 @@ impl Store<'_> {
         };
         drop(left);
         self.table.set(position, entry);
-        self.rows.release(row);
     }
 
     fn add(&mut self, position: u32, holder: Holder, age: impl Fn(Holder) -> Option<u32>) {
@@ -154,14 +152,6 @@ impl Store<'_> {
         let mut freshest = staleness(None);
         self.each_holder(position, |holder| freshest = freshest.min(staleness(age(holder))));
         freshest
-    }
-
-    fn free_row(&mut self, position: u32) {
-        if let Entry::Row(row) = self.table.entry(position)
-            && self.rows.belongs(row, position)
-        {
-            self.rows.release(row);
-        }
     }
 
     pub(super) fn check_integrity(&self) -> Result<(), String> {

@@ -8,8 +8,9 @@ use sonic_rs::Deserializer as JsonDeserializer;
 
 use super::blocks::{BlockHash, BlockStream, TOOL_BLOCKS, link};
 use super::chat::Messages;
+use super::guard::{self, Refusal};
 use super::input::{Input, InputSeed};
-use super::json::{Any, AnyScalar, FreeFormList, Name, Scalar, Skip, visit_alike};
+use super::json::{Any, AnyScalar, FreeFormList, MAX_DEPTH, Name, Scalar, Skip, TOO_DEEP, visit_alike};
 use super::{BadRequest, Endpoint, Prompt};
 
 /// sonic-rs and the ends of blocks count bytes in 32 bits.
@@ -21,21 +22,24 @@ pub(super) fn read(hash: &BlockHash, endpoint: Endpoint, body: &[u8]) -> Result<
     }
     // Checked as a whole before parsing: many times faster than string by string, and what follows may rely on it.
     let text = simdutf8::basic::from_utf8(body).map_err(|_| BadRequest::new("The body is not valid UTF-8.", None))?;
+    guard::check(text, MAX_DEPTH).map_err(|refusal| match refusal {
+        Refusal::TooDeep => malformed(TOO_DEEP),
+        Refusal::Malformed(error) => malformed(&error.to_string()),
+    })?;
     // A lone surrogate escape is read as U+FFFD instead of being refused: Python and JavaScript clients send them, and whether to
     // answer them is the worker's decision.
     let mut json = JsonDeserializer::from_str(text).utf8_lossy();
     let fields = Fields::new(hash, endpoint);
     let fields = Any(fields).deserialize(&mut json).and_then(|fields| json.end().map(|()| fields));
-    let fields = fields.map_err(|error| malformed(&error))?;
+    let fields = fields.map_err(|error| malformed(&error.to_string()))?;
     let fields = fields.ok_or_else(|| BadRequest::new("The body must be a JSON object.", None))?;
     let splice_offset = text.trim_end().len() - 1;
     fields.into_prompt(hash, splice_offset)
 }
 
-fn malformed(error: &sonic_rs::Error) -> BadRequest {
+fn malformed(reason: &str) -> BadRequest {
     // Of sonic-rs' message only the first line: the rest draws the spot in the body, and bodies do not belong into logs.
-    let text = error.to_string();
-    let reason = text.lines().next().unwrap_or_default();
+    let reason = reason.lines().next().unwrap_or_default();
     BadRequest::new(format!("The body is not valid JSON: {reason}"), None)
 }
 

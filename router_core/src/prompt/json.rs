@@ -20,13 +20,10 @@ pub(super) const END: u8 = 0xFE;
 const ELEMENT: u8 = 0xFF;
 
 /// Levels that a value may nest: enough for any schema of a tool. Two things forbid much more: the stack (an unoptimised build takes
-/// 20 KB a level), and that sonic-rs (0.5.10) makes a new error, with line and column counted from the start of the body, at
-/// each level that an error passes.
-const MAX_DEPTH: u8 = 64;
+/// 20 KB a level), and what an error costs that passes many levels (see `guard`).
+pub(super) const MAX_DEPTH: u8 = 64;
 
-fn too_deep<E: serde::de::Error>() -> E {
-    E::custom(format_args!("more than {MAX_DEPTH} levels of nesting"))
-}
+pub(super) const TOO_DEEP: &str = "more than 64 levels of nesting";
 
 /// Lets a visitor see whatever comes. Not `deserialize_ignored_any`, not even to skip: sonic-rs skips by recursion without a
 /// limit.
@@ -72,7 +69,11 @@ pub(super) struct Skip {
 
 impl Skip {
     fn deeper<E: serde::de::Error>(self) -> Result<Self, E> {
-        if self.depth == MAX_DEPTH { Err(too_deep()) } else { Ok(Self { depth: self.depth + 1 }) }
+        if self.depth == MAX_DEPTH {
+            Err(serde::de::Error::custom(TOO_DEEP))
+        } else {
+            Ok(Self { depth: self.depth + 1 })
+        }
     }
 }
 
@@ -260,7 +261,7 @@ impl<'de> Visitor<'de> for FreeForm<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<(), A::Error> {
         if self.depth == MAX_DEPTH {
-            return Err(too_deep());
+            return Err(serde::de::Error::custom(TOO_DEEP));
         }
         self.element(b'[', b"");
         while seq.next_element_seed(Any(self.inner()))?.is_some() {}
@@ -270,7 +271,7 @@ impl<'de> Visitor<'de> for FreeForm<'_> {
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
         if self.depth == MAX_DEPTH {
-            return Err(too_deep());
+            return Err(serde::de::Error::custom(TOO_DEEP));
         }
         self.element(b'{', b"");
         while map.next_key_seed(Name(|key: &str| self.element(b'k', key.as_bytes())))?.is_some() {
