@@ -2,27 +2,28 @@
 
 Classes of failure, from harmless to harmful (ARCHITECTURE.md, "Failure"):
 
-* NOT_SENT: the worker never saw the request, so another one may have it at once, as often as there are workers. When every worker
-  has refused it, back-off and try them again: one of them may be restarting.
+* NOT_SENT: the worker never saw the request, so another one may have it at once, as often as there are workers. When
+  every worker has refused it, back-off and try them again: one of them may be restarting.
 * NO_ANSWER: sent whole, then nothing came. The prompt may be what kills workers, so at most one other worker gets it.
-* BAD_STATUS: the worker answered with a status that asks for another try. Back-off, bounded by `max_attempts` and by a budget
-  that all requests share, so that a fleet in trouble is not asked several times as often as a healthy one.
+* BAD_STATUS: the worker answered with a status that asks for another try. Back-off, bounded by `max_attempts` and by a
+  budget that all requests share, so that a fleet in trouble is not asked several times as often as a healthy one.
 """
 
 from __future__ import annotations
 
 import enum
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import random
+
     from warmroute.config import RouterConfig
 
 RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
-# Of ten requests two may be retried for their status, over any length of time; the reserve lets small fleets retry at all.
-# The ratio is the one of Finagle's and tower's retry budgets.
+# Of ten requests two may be retried for their status, over any length of time; the reserve lets small fleets retry at
+# all. The ratio is the one of Finagle's and tower's retry budgets.
 BUDGET_RATIO = 0.2
 BUDGET_RESERVE = 10.0
 BUDGET_CAP = 100.0
@@ -93,7 +94,9 @@ class RetryPolicy:
 
 
 class Retries:
-    """The failures of one request, and what may follow each. Made at the first failure, so that most requests have none."""
+    """The failures of one request, and what may follow each. Made at the first failure, so that most requests have
+    none.
+    """
 
     __slots__ = ("_budget", "_generator", "_policy", "attempts", "backoffs", "unanswered")
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # A client that pipelines may be this far ahead of the answers before it is made to wait.
 MAX_AHEAD_BYTES = 256 * 1024
-# After an answer to a request that was not read whole: how long its sender may go on before the connection is cut, so that the
-# answer is not lost to a reset (RFC 9112, section 9.6).
+# After an answer to a request that was not read whole: how long its sender may go on before the connection is cut, so
+# that the answer is not lost to a reset (RFC 9112, section 9.6).
 LINGER_SECONDS = 2.0
 
 _REASONS = {

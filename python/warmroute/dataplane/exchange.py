@@ -1,8 +1,8 @@
 """One client request and what becomes of it: the part that is the same for every upstream.
 
-An exchange ties a client connection to one upstream connection at a time. It is over exactly once, by one of: the response was
-relayed whole, an error was answered, the response broke off, the client went away. Nothing here awaits, so that cancellation
-cannot cut a clean-up in half.
+An exchange ties a client connection to one upstream connection at a time. It is over exactly once, by one of: the
+response was relayed whole, an error was answered, the response broke off, the client went away. Nothing here awaits, so
+that cancellation cannot cut a clean-up in half.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Exchange:
     def not_answered(self, reason: str, *, stale: bool) -> None:
         """The connection ended before a response head. `stale`: it had answered before and nothing of this answer came."""
         if stale and self._may_resend:
-            # The server timed the idle connection out while we wrote: the one failure that says nothing. Once, to the same worker.
+            # The server timed the idle connection out while we wrote: the one failure that says nothing. Once, to the
+            # same worker.
             self._may_resend = False
             self._connection = None
             self._pool.assign(self, fresh=True)

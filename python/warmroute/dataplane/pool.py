@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     """Opens one connection whose protocol the argument makes."""
 
 CONNECT_TIMEOUT_SECONDS = 5.0
-# Servers close idle connections after 5 s (uvicorn) or more. Their close is seen as it comes and the race is covered by one free
-# re-send, so this only bounds how long sockets of a quiet fleet stay open.
+# Servers close idle connections after 5 s (uvicorn) or more. Their close is seen as it comes and the race is covered by
+# one free re-send, so this only bounds how long sockets of a quiet fleet stay open.
 IDLE_NS = 60 * 10**9
 
 

@@ -1,7 +1,7 @@
 """A request for a worker: choose, send, commit, relay, account; and what follows when an attempt fails.
 
-The commit point is the first byte written to the client. Before it a failure may go elsewhere (`warmroute.retry` says when), after
-it never. Every attempt holds one lease, released where the body of its response ends, whatever happens.
+The commit point is the first byte written to the client. Before it a failure may go elsewhere (`warmroute.retry` says
+when), after it never. Every attempt holds one lease, released where the body of its response ends, whatever happens.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ class RoutedExchange(Exchange):
         """End what has begun so that nobody takes it for whole: an error event where the dialect has one, then close."""
         self._finish(code.status)
         if self._request.stream and not self._head.http_1_0 and self.response is not None and self.response.chunked:
-            # The worker's last chunk may be cut: fill it with newlines, which SSE ignores, so that the event can be read.
+            # The worker's last chunk may be cut: fill it with newlines, which SSE ignores, so that the event can be
+            # read.
             event = b"\n\n" + stream_error(code, message)
             missing = connection.reader.open_chunk_bytes
             if missing >= 0:

@@ -1,7 +1,7 @@
 """One upstream connection: sends a request, finds the response in the bytes that come, hands them on.
 
-Three phases: idle (no exchange), waiting for the head, relaying. While relaying, a piece costs one call into the framing machine
-and one write to the client; nothing is parsed, copied or awaited.
+Three phases: idle (no exchange), waiting for the head, relaying. While relaying, a piece costs one call into the
+framing machine and one write to the client; nothing is parsed, copied or awaited.
 """
 
 from __future__ import annotations
