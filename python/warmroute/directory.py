@@ -41,22 +41,29 @@ class WorkerAddress:
 
 
 class Directory:
-    """Slot -> address. One event loop, no lock; the prefix index and the loads are the core's."""
+    """Slot -> address and models. One event loop, no lock; the prefix index and the loads are the core's."""
 
     def __init__(self) -> None:
         self._addresses: dict[int, WorkerAddress] = {}
+        self._models: dict[int, tuple[str, ...]] = {}
 
     def address(self, slot: int) -> WorkerAddress | None:
         """None: the worker left between `select` and now; the attempt counts as CONNECT_FAILED."""
         return self._addresses.get(slot)
 
-    def put(self, slots: Iterable[int], address: WorkerAddress) -> None:
+    def models(self) -> list[str]:
+        """Every name that some worker serves, for messages."""
+        return sorted({name for names in self._models.values() for name in names})
+
+    def put(self, slots: Iterable[int], address: WorkerAddress, models: tuple[str, ...]) -> None:
         for slot in slots:
             self._addresses[slot] = address
+            self._models[slot] = models
 
     def remove(self, slots: Iterable[int]) -> None:
         for slot in slots:
             self._addresses.pop(slot, None)
+            self._models.pop(slot, None)
 
 
 def parse_worker_url(text: str) -> str:
