@@ -127,7 +127,7 @@ def test_one_connection_alternates_between_both_sides(setup: Setup) -> None:
 def test_body_with_unknown_fields_arrives_byte_for_byte(setup: Setup) -> None:
     body = (
         b'{ "x_unknown":{"deep":[1,2.50,1e-7,null]},\r\n\t"messages" : [{"content":"caf\xc3\xa9 \\u00e9"'
-        b',"name":"\\ud83d\\ude00","role":"user","cache_control":{"type":"ephemeral"}}],"model":"fake-model", "z":"last","x_unknown":1 }\n'
+        b',"name":"\\ud83d\\ude00","role":"user","cache_control":{"type":"ephemeral"}}],"model":"m","x_unknown":1 }\n'
     )
     for worker in setup.workers:
         worker.reset()
