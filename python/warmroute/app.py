@@ -39,13 +39,18 @@ class CannotStart(Exception):  # noqa: N818
 
 def run(settings: Settings) -> int:
     """A whole router, until it is told to stop; the exit status of the process."""
-    _set_up_log(settings.config.log_level)
-    _raise_open_files_limit()
+    prepare_process(settings.config)
     try:
         return uvloop.run(serve(settings))
     except CannotStart as error:
         print(f"launch_router: error: {error}", file=sys.stderr)
         return 1
+
+
+def prepare_process(config: RouterConfig) -> None:
+    """What is the process's, not the router's: its log and its limits."""
+    _set_up_log(config.log_level)
+    _raise_open_files_limit()
 
 
 async def serve(settings: Settings) -> int:
