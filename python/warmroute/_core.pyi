@@ -346,7 +346,7 @@ class ResponseHead:
     def to_client(self, extra: bytes, keep_alive: bool, chunked: bool, /) -> bytes:
         """The head to send to the client: status line and end-to-end headers as the worker sent them, framing headers
         (content-length kept, or transfer-encoding when `chunked`), `connection: close` unless `keep_alive`, then `extra`
-        (whole lines, each with CRLF)."""
+        (whole lines, each with CRLF). The worker's own x-request-id is dropped: `extra` brings the router's."""
 
 @final
 class HeadParser:
@@ -373,6 +373,12 @@ class BodyReader:
         """
     @property
     def done(self) -> bool: ...
+    @property
+    def open_chunk_bytes(self) -> int:
+        """Of a chunked body that goes on: bytes missing until the current chunk and its CRLF are complete (0: at a chunk
+        boundary); -1 inside a chunk's size line or a trailer, or for another framing."""
+    def end_of_file(self) -> bool:
+        """The connection ended here. True if that ends the body (`until_eof`, or it was done already)."""
     def usage(self) -> tuple[int, int, int]:
         """(prompt, completion, cached) tokens found in the last bytes of the body (a JSON body or an SSE stream); -1 unknown."""
 
