@@ -13,7 +13,7 @@ from aiohttp import web
 
 from tests.fake_worker import FakeWorker
 from warmroute._core import Core
-from warmroute.app import make_core
+from warmroute.app import build_core
 from warmroute.config import RouterConfig
 from warmroute.dataplane import DataPlane
 from warmroute.directory import Directory, WorkerAddress
@@ -44,6 +44,7 @@ class Plane:
                 host_header=f"{worker.host}:{worker.port}".encode(),
                 authorization=authorization,
             ),
+            facts.models,
         )
         for _ in range(2):
             self.core.observe_probe(slots[0], True, monotonic_ns())
@@ -92,7 +93,7 @@ async def _echo(request: web.Request) -> web.Response:
 async def running(workers: Sequence[FakeWorker] = (), **config: Any) -> AsyncIterator[Plane]:
     """`config`: fields of RouterConfig."""
     loop = asyncio.get_running_loop()
-    settings = replace(RouterConfig(seed=1), **config)
+    settings = replace(RouterConfig(seed=1, hash_seed=1), **config)
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", _echo)
     runner = web.AppRunner(app)
@@ -107,7 +108,7 @@ async def running(workers: Sequence[FakeWorker] = (), **config: Any) -> AsyncIte
         await loop.connect_accepted_socket(server, far)
         return near
 
-    core = make_core(settings)
+    core = build_core(settings)
     directory = Directory()
     plane = DataPlane(settings, core, directory, control_upstream)
     listener = await loop.create_server(plane.protocol_factory, "127.0.0.1", 0)

@@ -387,7 +387,7 @@ async def test_a_second_turn_goes_where_the_first_went() -> None:
         workers = [await stack.enter_async_context(FakeWorker()) for _ in range(4)]
         async with running(workers) as router:
             for worker in workers:
-                worker.script = Script(chunks=10, chunk_bytes=50)
+                worker.script = Script(chunks=10, chunk_bytes=60)
             for conversation in range(8):
                 question = {"role": "user", "content": f"Conversation {conversation}: " + "tell me more, please. " * 4}
                 text = await turn(router, [question])
