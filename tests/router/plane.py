@@ -1,4 +1,6 @@
-"""A data plane on a real socket with fake workers behind it and a small control app: what the data plane's tests run on."""
+"""A data plane on a real socket with fake workers behind it and a small control app: what the data plane's tests run
+on.
+"""
 
 import asyncio
 import socket
