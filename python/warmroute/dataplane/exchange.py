@@ -67,7 +67,7 @@ class Exchange:
         raise NotImplementedError
 
     def not_answered(self, reason: str, *, stale: bool) -> None:
-        """The connection ended before a response head. `stale`: it had answered before and nothing of this answer came."""
+        """The connection ended before a response head. `stale`: it had answered before, and nothing came this time."""
         if stale and self._may_resend:
             # The server timed the idle connection out while we wrote: the one failure that says nothing. Once, to the
             # same worker.
