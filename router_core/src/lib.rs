@@ -2,5 +2,6 @@
 //!
 //! Pure and deterministic: time and seeds are arguments, nothing here reads a clock, opens a socket or writes a log.
 
+pub mod http1;
 #[cfg(feature = "python")]
 mod python;
