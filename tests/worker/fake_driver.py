@@ -121,7 +121,7 @@ class FakeDriver:
                 os._exit(9)
             if b"!error" in text and request.sent >= (0 if b"!error at once" in text else 3):
                 del self.running[rid]
-                rows.append([rid, [], "error", request.cached_tokens, "the page burst"])
+                rows.append(messages.Row(rid, [], "error", request.cached_tokens, "the page burst"))
                 continue
             ids: list[int] = []
             finish = None
@@ -136,7 +136,7 @@ class FakeDriver:
             self._totals["generated"] += len(ids)
             if finish is not None:
                 del self.running[rid]
-            rows.append([rid, ids, finish, request.cached_tokens, None])
+            rows.append(messages.Row(rid, ids, finish, request.cached_tokens, None))
         if rows:
             self._send(messages.StepOutput(rows=rows, load=self._load()))
 

@@ -52,7 +52,8 @@ def _listen(args: WorkerArgs) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise StartError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else str(error)
+        raise StartError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
 
 
 class _Supervisor:
