@@ -176,12 +176,16 @@ def main() -> int:
     parser.add_argument("--worker-args", type=WorkerArgs.from_json)
     options = parser.parse_args()
     die_with_parent(options.parent_pid)
-    return FakeDriver(
+    driver = FakeDriver(
         socket.socket(fileno=options.engine_fd),
         fails_with=os.environ.get("FAKE_FAILS_WITH"),
         start_seconds=float(os.environ.get("FAKE_START_SECONDS", "0")),
         step_seconds=float(os.environ.get("FAKE_STEP_SECONDS", "0")),
-    ).run()
+    )
+    try:
+        return driver.run()
+    except OSError:
+        return 1  # the HTTP process is gone
 
 
 if __name__ == "__main__":
