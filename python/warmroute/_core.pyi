@@ -1,7 +1,8 @@
 """The decision engine (Rust). Nothing here reads a clock or does IO; every `now_ns` is CLOCK_MONOTONIC in ns.
 
-Nothing has a default: `warmroute.config` alone has defaults. Words: a *target* is one dp rank of a worker and lives in a
-*slot* (0..4095). The slots of one worker are contiguous; the first is its *head*, and worker-level calls take the head.
+Nothing has a default: `warmroute.config` alone has defaults. Words: a *target* is one dp rank of a worker and lives in
+a *slot* (0..4095). The slots of one worker are contiguous; the first is its *head*, and worker-level calls take the
+head.
 """
 
 from collections.abc import Sequence
@@ -113,8 +114,9 @@ class Lease:
     ) -> tuple[Transition, ...]:
         """Give the claim back; idempotent (a second call returns ()). -1 stands for unknown.
 
-        CONNECT_FAILED, NO_ANSWER, and ANSWERED with a retryable status (408, 429, 500, 502, 503, 504) exclude the worker from
-        later selects of the same request. CONNECT_FAILED, NO_ANSWER and BROKEN_STREAM ask for a probe of the worker at once.
+        CONNECT_FAILED, NO_ANSWER, and ANSWERED with a retryable status (408, 429, 500, 502, 503, 504) exclude the
+        worker from later selects of the same request. CONNECT_FAILED, NO_ANSWER and BROKEN_STREAM ask for a probe of
+        the worker at once.
         """
 
 @final
@@ -235,7 +237,8 @@ class Core:
     def add_worker(self, models: Sequence[str], dp_size: int, kv_capacity_tokens: int, now_ns: int, /) -> list[int]:
         """Claim `dp_size` slots, pending until probes succeed. `models[0]` is the name, the rest are aliases.
 
-        `kv_capacity_tokens` is per rank; 0: unknown. Raises MemoryError when no slot is left, ValueError on bad arguments.
+        `kv_capacity_tokens` is per rank; 0: unknown. Raises MemoryError when no slot is left, ValueError on bad
+        arguments.
         """
     def update_worker(self, head: int, models: Sequence[str], kv_capacity_tokens: int, now_ns: int, /) -> None:
         """The worker was asked again. Its slots stay."""
@@ -278,7 +281,7 @@ class Route:
     CONTROL: ClassVar[Route]
     """Everything else, also a routed path with another method than POST."""
     def __int__(self) -> int: ...
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
@@ -316,9 +319,10 @@ class RequestHead:
     def routing_headers(self) -> bytes:
         """The header lines that policies read, as `name: value\\r\\n` with lower-case names; b"" as a rule."""
     def to_worker(self, host: bytes, authorization: bytes | None, request_id: bytes, content_length: int, /) -> bytes:
-        """The head to send to a worker: request line, host, content-length, x-request-id, and of the client's headers only
-        content-type, accept, user-agent, x-correlation-id, traceparent, tracestate, the routing keys, x-data-parallel-rank, and
-        authorization (replaced by `authorization` when that is given; b"" drops it)."""
+        """The head to send to a worker: request line, host, content-length, x-request-id, and of the client's headers
+        only content-type, accept, user-agent, x-correlation-id, traceparent, tracestate, the routing keys, x-data-
+        parallel-rank, and authorization (replaced by `authorization` when that is given; b"" drops it).
+        """
     def to_control(self, content_length: int, /) -> bytes:
         """The head to send to the control app: everything end-to-end, with a content-length (-1: none)."""
 
@@ -342,11 +346,13 @@ class ResponseHead:
     @property
     def cached_tokens(self) -> int: ...
     @property
-    def retry_after_seconds(self) -> int: ...
+    def retry_after_seconds(self) -> int:
+        """-1 when absent or a date."""
     def to_client(self, extra: bytes, keep_alive: bool, chunked: bool, /) -> bytes:
         """The head to send to the client: status line and end-to-end headers as the worker sent them, framing headers
-        (content-length kept, or transfer-encoding when `chunked`), `connection: close` unless `keep_alive`, then `extra`
-        (whole lines, each with CRLF). The worker's own x-request-id is dropped: `extra` brings the router's."""
+        (content-length kept, or transfer-encoding when `chunked`), `connection: close` unless `keep_alive`, then
+        `extra` (whole lines, each with CRLF). The worker's own x-request-id is dropped: `extra` brings the router's.
+        """
 
 @final
 class HeadParser:
@@ -375,12 +381,15 @@ class BodyReader:
     def done(self) -> bool: ...
     @property
     def open_chunk_bytes(self) -> int:
-        """Of a chunked body that goes on: bytes missing until the current chunk and its CRLF are complete (0: at a chunk
-        boundary); -1 inside a chunk's size line or a trailer, or for another framing."""
+        """Of a chunked body that goes on: bytes missing until the current chunk and its CRLF are complete (0: at a
+        chunk boundary); -1 inside a chunk's size line or a trailer, or for another framing.
+        """
     def end_of_file(self) -> bool:
         """The connection ended here. True if that ends the body (`until_eof`, or it was done already)."""
     def usage(self) -> tuple[int, int, int]:
-        """(prompt, completion, cached) tokens found in the last bytes of the body (a JSON body or an SSE stream); -1 unknown."""
+        """(prompt, completion, cached) tokens found in the last bytes of the body (a JSON body or an SSE stream); -1
+        unknown.
+        """
 
 @final
 class ChunkDecoder:

@@ -2,5 +2,8 @@
 //!
 //! Pure and deterministic: time and seeds are arguments, nothing here reads a clock, opens a socket or writes a log.
 
+pub mod http1;
+pub mod prefix_index;
+pub mod prompt;
 #[cfg(feature = "python")]
 mod python;

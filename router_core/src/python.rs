@@ -2,6 +2,15 @@
 
 use pyo3::prelude::*;
 
+mod http1;
+
 /// `warmroute._core`.
 #[pymodule(gil_used = true)]
-mod _core {}
+mod _core {
+    use super::*;
+
+    #[pymodule_init]
+    fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
+        http1::register(m)
+    }
+}

@@ -121,7 +121,7 @@ class FakeDriver:
                 os._exit(9)
             if b"!error" in text and request.sent >= (0 if b"!error at once" in text else 3):
                 del self.running[rid]
-                rows.append([rid, [], "error", request.cached_tokens, "the page burst"])
+                rows.append(messages.Row(rid, [], "error", request.cached_tokens, "the page burst"))
                 continue
             ids: list[int] = []
             finish = None
@@ -136,7 +136,7 @@ class FakeDriver:
             self._totals["generated"] += len(ids)
             if finish is not None:
                 del self.running[rid]
-            rows.append([rid, ids, finish, request.cached_tokens, None])
+            rows.append(messages.Row(rid, ids, finish, request.cached_tokens, None))
         if rows:
             self._send(messages.StepOutput(rows=rows, load=self._load()))
 
@@ -176,12 +176,16 @@ def main() -> int:
     parser.add_argument("--worker-args", type=WorkerArgs.from_json)
     options = parser.parse_args()
     die_with_parent(options.parent_pid)
-    return FakeDriver(
+    driver = FakeDriver(
         socket.socket(fileno=options.engine_fd),
         fails_with=os.environ.get("FAKE_FAILS_WITH"),
         start_seconds=float(os.environ.get("FAKE_START_SECONDS", "0")),
         step_seconds=float(os.environ.get("FAKE_STEP_SECONDS", "0")),
-    ).run()
+    )
+    try:
+        return driver.run()
+    except OSError:
+        return 1  # the HTTP process is gone
 
 
 if __name__ == "__main__":

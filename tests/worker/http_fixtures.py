@@ -19,7 +19,7 @@ from warmroute_worker.http.app import make_runner
 from warmroute_worker.http.process import load_service
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from warmroute_worker.http.service import Service
@@ -36,10 +36,13 @@ class RunningApp:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def until(self, phase: Phase) -> None:
+    async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
-            while self.service.engine.phase is not phase:  # noqa: ASYNC110 (`phase_changed` has one waiter: the process)
+            while not condition():  # noqa: ASYNC110 (the driver is a thread)
                 await asyncio.sleep(0.001)
+
+    async def driver_has_received(self, kind: type[object]) -> None:
+        await self.until(lambda: any(isinstance(message, kind) for message in self.driver.received))
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
         return await self.client.post(path, json=body)
@@ -71,7 +74,7 @@ async def running_app(folder: Path, *, ready: bool = True, **driver_options: Any
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             app = RunningApp(service, driver, client, port)
             if ready:
-                await app.until(Phase.READY)
+                await app.until(lambda: service.engine.phase is Phase.READY)
             yield app
     finally:
         service.engine.shut_down()

@@ -168,6 +168,6 @@ class EngineClient(asyncio.Protocol):
         self.phase = phase
         self.phase_changed.set()
 
-    def _send(self, message: messages.ToDriver) -> None:
+    def _send(self, message: messages.Generate | messages.Abort | messages.Flush | messages.Shutdown) -> None:
         if self._transport is not None:
             self._transport.write(messages.encode(message))

@@ -42,6 +42,7 @@ class Lifecycle:
     _alive: set[Part] = field(default_factory=lambda: set(Part))
     _draining: bool = False
     _deadline: float | None = None
+    _served: bool = False
     _cause: str | None = None
     _interrupted_by: int | None = None
 
@@ -85,11 +86,13 @@ class Lifecycle:
     def exited(self, part: Part, pid: int, return_code: int, now: float) -> Actions:
         """`return_code`: negative for the signal that killed it."""
         self._alive.discard(part)
-        # Told to end: the HTTP process by the signal, even before it could handle it; the driver by the HTTP process's
-        # end, after which nobody waits for the step it is in.
-        told = return_code in (0, -signal.SIGTERM) or (part is Part.DRIVER and Part.HTTP not in self._alive)
-        clean = self._draining and told
-        if not clean and self._cause is None and self._interrupted_by is None:
+        clean = self._draining and return_code in (0, -signal.SIGTERM)
+        if clean and part is Part.HTTP:
+            # Every request is answered. How the driver ends, which loses its only peer, does not matter any more, and it
+            # may well have ended before its peer was seen to.
+            self._served = True
+            self._cause = None
+        if not clean and not self._served and self._cause is None and self._interrupted_by is None:
             self._cause = f"the {part.value} process (pid {pid}) {_ending(return_code)}"
         end = now + KILL_AFTER_SECONDS
         self._deadline = end if self._deadline is None else min(self._deadline, end)

@@ -28,6 +28,10 @@ class Finish:
     message: str = ""
     """With `abort` and `error`: one line."""
 
+    @property
+    def is_failure(self) -> bool:
+        return self.kind in ("abort", "error")
+
 
 class RequestState:
     """Invariant: nothing changes any more once `finish` is set."""

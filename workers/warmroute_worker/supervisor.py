@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 HTTP_MODULE = "warmroute_worker.http.process"
 DRIVER_MODULE = "warmroute_worker.driver_process"
+"""What `python -m` runs; tests put a scripted driver here."""
 
 _BACKLOG = 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -33,17 +34,13 @@ class StartError(Exception):
     """The worker cannot start; the message is one line."""
 
 
-def run(args: WorkerArgs, driver_module: str = DRIVER_MODULE) -> int:
-    """Serves until a signal or a death; returns the exit code. Raises StartError.
-
-    `driver_module`: what `python -m` runs as the driver; tests script one.
-    """
+def run(args: WorkerArgs) -> int:
+    """Serves until a signal or a death; returns the exit code. Raises StartError."""
     try:
         model_folder.resolve(args.model_path)
     except LookupError as error:
         raise StartError(str(error)) from error
-    supervisor = _Supervisor(args, _listen(args), driver_module)
-    return supervisor.run()
+    return _Supervisor(args, _listen(args)).run()
 
 
 def _listen(args: WorkerArgs) -> socket.socket:
@@ -52,18 +49,19 @@ def _listen(args: WorkerArgs) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise StartError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else str(error)
+        raise StartError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
 
 
 class _Supervisor:
-    def __init__(self, args: WorkerArgs, listener: socket.socket, driver_module: str) -> None:
+    def __init__(self, args: WorkerArgs, listener: socket.socket) -> None:
         self._args = args
         host, port = listener.getsockname()[:2]
         url_host = f"[{host}]" if ":" in host else host
         self._lifecycle = Lifecycle(args.drain_timeout, f"http://{url_host}:{port}")
         self._selector = selectors.DefaultSelector()
         self._listen_for_signals()
-        self._processes = self._start(listener, driver_module)
+        self._processes = self._start(listener)
 
     def run(self) -> int:
         while (code := self._lifecycle.exit_code) is None:
@@ -78,7 +76,7 @@ class _Supervisor:
             self._say(self._lifecycle.cause)
         return code
 
-    def _start(self, listener: socket.socket, driver_module: str) -> dict[Part, subprocess.Popen[bytes]]:
+    def _start(self, listener: socket.socket) -> dict[Part, subprocess.Popen[bytes]]:
         http_end, driver_end = socket.socketpair()
         status_read, status_write = os.pipe()
         os.set_blocking(status_read, False)
@@ -86,7 +84,7 @@ class _Supervisor:
         self._selector.register(status_read, selectors.EVENT_READ, self._read_status)
         # The driver first: it takes seconds to import torch. Each end of the pair must have one owner only, or its
         # death would not be seen at the other; so descriptors are passed by number and closed here.
-        driver = self._spawn(driver_module, {"--engine-fd": driver_end.fileno()})
+        driver = self._spawn(DRIVER_MODULE, {"--engine-fd": driver_end.fileno()})
         http = self._spawn(
             HTTP_MODULE,
             {"--engine-fd": http_end.fileno(), "--listener-fd": listener.fileno(), "--status-fd": status_write},

@@ -86,7 +86,8 @@ class Generation:
         """Until every prompt has its first token. Raises ApiError when one ends without."""
         while any(state.cached_tokens is None and state.finish is None for state in self.states):
             await self.step()
-        self.raise_failure()
+        if (error := self.failure()) is not None:
+            raise error
 
     async def step(self) -> None:
         """Until something is new."""
@@ -95,24 +96,21 @@ class Generation:
 
     async def finished(self) -> None:
         """Until every prompt is answered. Raises ApiError when one failed."""
-        while not self.is_finished:
+        while any(state.finish is None for state in self.states):
             await self.step()
-            self.raise_failure()
+            if (error := self.failure()) is not None:
+                raise error
 
-    @property
-    def is_finished(self) -> bool:
-        return all(state.finish is not None for state in self.states)
-
-    def raise_failure(self) -> None:
-        """Raises ApiError for the first prompt that ended with an error."""
+    def failure(self) -> ApiError | None:
+        """What is wrong with the first prompt that failed."""
         for state in self.states:
-            finish = state.finish
-            if finish is None or finish.kind in ("stop", "length"):
+            if state.finish is None or not state.finish.is_failure:
                 continue
             if self._engine.failure is not None:
-                raise ApiError(ErrorCode.ENGINE_FAILED, f"the engine has failed: {finish.message}")
-            code = ErrorCode.DRAINING if finish.kind == "abort" else ErrorCode.GENERATION_FAILED
-            raise ApiError(code, finish.message)
+                return ApiError(ErrorCode.ENGINE_FAILED, f"the engine has failed: {self._engine.failure}")
+            code = ErrorCode.DRAINING if state.finish.kind == "abort" else ErrorCode.GENERATION_FAILED
+            return ApiError(code, state.finish.message)
+        return None
 
     @property
     def prompt_tokens(self) -> int:

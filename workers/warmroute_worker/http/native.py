@@ -114,7 +114,7 @@ class _Chunks:
 def _meta_info(state: RequestState) -> dict[str, Any]:
     finish = state.finish
     reason: dict[str, Any] | None = None
-    if finish is not None:
+    if finish is not None and not finish.is_failure:
         reason = {"type": finish.kind}
         if finish.kind == "stop":
             reason["matched"] = finish.matched

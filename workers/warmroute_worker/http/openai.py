@@ -146,7 +146,7 @@ class _Chunks:
 
     def progress(self, index: int, state: RequestState, text: str) -> bytes:
         events = self._chunk(index, self._form.piece(text), None) if text else b""
-        if state.finish is not None:
+        if state.finish is not None and not state.finish.is_failure:
             events += self._chunk(index, self._form.piece(""), _finish_reason(state))
         return events
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
-from warmroute_worker.http.errors import ApiError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from warmroute_worker.http.errors import ApiError
     from warmroute_worker.http.generation import Generation
     from warmroute_worker.request_state import RequestState
 
@@ -35,7 +34,7 @@ class Dialect(Protocol):
         """Before the first text of the prompt `index`."""
 
     def progress(self, index: int, state: RequestState, text: str) -> bytes:
-        """New text of a prompt (perhaps none, when it is finished), and how it finished once it has."""
+        """New text of a prompt, perhaps none when it is finished; and how it finished, unless it failed."""
 
     def closing(self, generation: Generation) -> bytes:
         """After all prompts, before the end mark."""
@@ -43,25 +42,23 @@ class Dialect(Protocol):
 
 async def stream_answer(request: web.Request, generation: Generation, dialect: Dialect) -> web.StreamResponse:
     """Runs the generation and relays it. Raises ApiError as long as nothing was sent."""
-    stream = EventStream(request)
     with generation:
         await generation.begun()
         # A batch's prompts begin at different times, so only the usage at the end tells its tokens.
         headers = generation.cache_headers() if len(generation.states) == 1 else {}
+        stream = await EventStream.begin(request, headers)
         running = dict(enumerate(generation.states))
-        await stream.start(headers, b"".join(map(dialect.opening, running)) + _progress(running, dialect))
-        try:
-            while running:
-                await generation.step()
-                generation.raise_failure()
-                events = _progress(running, dialect)
-                if events and running:
-                    await stream.send(events)
-                elif not running:
-                    return await stream.end(events + dialect.closing(generation) + DONE)
-        except ApiError as error:
-            return await stream.break_off(error)
-        return await stream.end(dialect.closing(generation) + DONE)
+        events = b"".join(map(dialect.opening, running))
+        while True:
+            events += _progress(running, dialect)
+            if (error := generation.failure()) is not None:
+                return await stream.break_off(events, error)
+            if not running:
+                return await stream.end(events + dialect.closing(generation) + DONE)
+            if events:
+                await stream.send(events)
+            await generation.step()
+            events = b""
 
 
 def _progress(running: dict[int, RequestState], dialect: Dialect) -> bytes:
@@ -77,38 +74,36 @@ def _progress(running: dict[int, RequestState], dialect: Dialect) -> bytes:
 
 
 class EventStream:
-    """The response of one streaming request. The head goes out with `start`, so only when there is something to say."""
+    """The response of one streaming request."""
 
-    def __init__(self, request: web.Request) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self._request = request
-        self._response: web.StreamResponse | None = None
+        self._response = response
 
-    async def start(self, headers: Mapping[str, str], first: bytes) -> None:
-        self._response = web.StreamResponse(
+    @classmethod
+    async def begin(cls, request: web.Request, headers: Mapping[str, str]) -> EventStream:
+        """Sends the head."""
+        response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", **headers}
         )
-        await self._response.prepare(self._request)
-        await self.send(first)
+        await response.prepare(request)
+        return cls(request, response)
 
     async def send(self, events: bytes) -> None:
         """One write. Raises ConnectionError when the client is gone; waits while its buffers are full."""
-        assert self._response is not None, "start comes first"
         await self._response.write(events)
 
     async def end(self, events: bytes) -> web.StreamResponse:
         """The last events and a clean end."""
-        assert self._response is not None, "start comes first"
-        await self._response.write(events)
-        await self._response.write_eof()
+        await self._response.write_eof(events)
         return self._response
 
-    async def break_off(self, error: ApiError) -> web.StreamResponse:
-        """Says what is wrong and closes the connection in the middle of the body.
+    async def break_off(self, events: bytes, error: ApiError) -> web.StreamResponse:
+        """The last events, then what is wrong, then a closed connection in the middle of the body.
 
         A clean end would tell proxies and clients that the answer is complete.
         """
-        assert self._response is not None, "start comes first"
-        await self._response.write(event(error.body()))
+        await self._response.write(events + event(error.body()))
         if self._request.transport is not None:
             self._request.transport.close()
         return self._response

@@ -1,0 +1,276 @@
+//! Which target probably holds how much of a prompt in its KV cache: one bounded table, one walk that scores every target.
+//!
+//! **Owner and mutability.** All state lives in one slice of words that the caller lends ([`Layout::attach`]): memory of a region,
+//! zeroed when new. `PrefixIndex` is a view of it without state of its own; whoever holds the region's lock may change it. Places
+//! and sizes come from the [`Layout`], never from the memory; every number read from the memory is bounds-checked, so damaged
+//! memory gives wrong hints, not crashes. Nothing is allocated here.
+//!
+//! **What is kept.** For each block key an entry of 16 bytes; in it the targets (holders) that were sent the prompt up to that
+//! block, each with a stamp of the target's own clock. A holder is *resident* while its target has been sent less than one
+//! capacity of new text since ([`clock`]). A key stands for the whole prompt up to its block, so entries may be lost one by one
+//! without making a claim wrong, and a match is the deepest resident block, gaps or not.
+//!
+//! ```text
+//! header   8 words: sweep cursor, sweep cycle, row cursor
+//! clocks   8 words a target
+//! buckets  4 entries of 2 words: (tag 48 | depth class 8 | kind 8), (holder 32, holder 32) or row number
+//! rows     8 words: (count 8 | owner 56), 14 holders
+//! holder   slot 12 | stamp 20
+//! ```
+//!
+//! **Invariant.** No stored stamp is older than its 20 bits can tell: each advance of a clock sweeps the share of the table that it
+//! owes ([`clock::CYCLE_QUANTA`]), and a sweep drops what is not resident.
+
+mod clock;
+mod rows;
+mod store;
+mod table;
+
+use crate::prompt::Block;
+use clock::Clocks;
+use rows::Rows;
+use store::Store;
+use table::{Holder, Table};
+
+/// Slots that a holder can name: 12 bits.
+pub const MAX_TARGETS: usize = 1 << 12;
+
+const HEADER_WORDS: usize = 8;
+const SWEEP_WORDS: usize = 2;
+const CURSOR: usize = 0;
+const CYCLE: usize = 1;
+
+/// One 64-byte row per 8 buckets of 64 bytes: rows are for blocks with three holders and more.
+const BUCKETS_PER_ROW: usize = 8;
+
+/// Buckets swept by each stamp whatever the clocks owe, so that an idle fleet's table is cleaned too.
+const BUCKETS_PER_STAMP: usize = 2;
+
+/// Where things are in the memory of an index. A function of its two sizes only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    targets: usize,
+    buckets: usize,
+    rows: usize,
+}
+
+impl Layout {
+    /// The layout of an index in about `memory_bytes` (rounded down, at least one row and its buckets) for slots `0..targets`.
+    ///
+    /// # Panics
+    /// When `targets` is more than [`MAX_TARGETS`].
+    pub fn new(memory_bytes: usize, targets: usize) -> Self {
+        assert!(targets <= MAX_TARGETS, "a holder names its target in 12 bits");
+        let fixed = (HEADER_WORDS + targets * clock::WORDS) * size_of::<u64>();
+        let lines = memory_bytes.saturating_sub(fixed) / (table::BUCKET_WORDS * size_of::<u64>());
+        // Positions of entries are kept in 32 bits.
+        let rows = (lines / (BUCKETS_PER_ROW + 1)).clamp(1, 1 << 26);
+        Self { targets, rows, buckets: rows * BUCKETS_PER_ROW }
+    }
+
+    /// Words of memory that an index of this layout takes.
+    pub fn words(&self) -> usize {
+        HEADER_WORDS + self.targets * clock::WORDS + self.buckets * table::BUCKET_WORDS + self.rows * rows::WORDS
+    }
+
+    /// Blocks that the table can hold.
+    pub fn entries(&self) -> usize {
+        self.buckets * table::ENTRIES
+    }
+
+    /// The index in `memory`. Zeroed memory is an empty index; 64-byte alignment makes it faster.
+    ///
+    /// # Panics
+    /// When `memory` is not [`Layout::words`] long.
+    pub fn attach<'m>(&self, memory: &'m mut [u64]) -> PrefixIndex<'m> {
+        assert_eq!(memory.len(), self.words(), "memory of another layout");
+        let (sweep, memory) = memory.split_at_mut(SWEEP_WORDS);
+        let (row_cursor, memory) = memory.split_at_mut(HEADER_WORDS - SWEEP_WORDS);
+        let (clocks, memory) = memory.split_at_mut(self.targets * clock::WORDS);
+        let (buckets, rows) = memory.split_at_mut(self.buckets * table::BUCKET_WORDS);
+        let rows = Rows { cursor: &mut row_cursor[0], words: rows };
+        PrefixIndex { sweep, clocks: Clocks(clocks), store: Store { table: Table::new(buckets), rows } }
+    }
+}
+
+/// How much of a prompt a target holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Match {
+    /// Blocks of the chain, from its start.
+    pub blocks: u32,
+    /// Bytes of prompt text, the answer after the last block included.
+    pub bytes: u32,
+}
+
+/// What a stamp claimed, to be taken back if the worker never answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    stamp: u32,
+    from_block: u32,
+}
+
+/// The result of a lookup: scratch memory of the caller, reused from lookup to lookup.
+#[derive(Clone, Debug)]
+pub struct Matches {
+    matches: Vec<Match>,
+    holders: Vec<u16>,
+}
+
+impl Matches {
+    /// Room for matches of slots `0..targets`.
+    pub fn new(targets: usize) -> Self {
+        Self { matches: vec![Match::default(); targets], holders: Vec::with_capacity(targets) }
+    }
+
+    /// What the target in `slot` holds.
+    pub fn of(&self, slot: u16) -> Match {
+        self.matches.get(usize::from(slot)).copied().unwrap_or_default()
+    }
+
+    /// The targets that hold at least one block, in no particular order.
+    pub fn holders(&self) -> impl Iterator<Item = (u16, Match)> + '_ {
+        self.holders.iter().map(|&slot| (slot, self.of(slot)))
+    }
+
+    fn clear(&mut self) {
+        for slot in self.holders.drain(..) {
+            self.matches[usize::from(slot)] = Match::default();
+        }
+    }
+
+    #[inline]
+    fn hold(&mut self, slot: u16, blocks: u32) {
+        let Some(found) = self.matches.get_mut(usize::from(slot)) else { return };
+        if found.blocks == 0 {
+            self.holders.push(slot);
+        }
+        found.blocks = blocks;
+    }
+
+    /// Turn depths into bytes.
+    fn settle(&mut self, blocks: &[Block]) {
+        for &slot in &self.holders {
+            let found = &mut self.matches[usize::from(slot)];
+            found.bytes = blocks[found.blocks as usize - 1].credit;
+        }
+    }
+}
+
+/// The index in a region's memory.
+pub struct PrefixIndex<'m> {
+    sweep: &'m mut [u64],
+    clocks: Clocks<'m>,
+    store: Store<'m>,
+}
+
+impl PrefixIndex<'_> {
+    /// A new worker stands in `slot`: it holds nothing, and at most `capacity_bytes` of text from now on. O(1).
+    pub fn open_target(&mut self, slot: u16, capacity_bytes: u64) {
+        self.forget_target(slot);
+        self.clocks.set_capacity(slot, capacity_bytes);
+    }
+
+    /// The target in `slot` turned out to hold at most `capacity_bytes` of text. What it holds is kept as far as it fits. O(1).
+    pub fn set_capacity(&mut self, slot: u16, capacity_bytes: u64) {
+        self.clocks.set_capacity(slot, capacity_bytes);
+    }
+
+    /// The target in `slot` holds nothing any more: removed, restarted, flushed. O(1).
+    pub fn forget_target(&mut self, slot: u16) {
+        self.clocks.forget_at_next_tick(slot);
+        self.tick(slot, 1);
+    }
+
+    /// How much of the prompt `blocks` each target holds, for all targets in one walk.
+    pub fn lookup(&self, blocks: &[Block], matches: &mut Matches) {
+        matches.clear();
+        for (block, depth) in blocks.iter().zip(1..) {
+            if let Some(position) = self.store.table.find(block.key) {
+                self.store.each_holder(position, |holder| {
+                    if self.clocks.age(holder).is_some() {
+                        matches.hold(holder.slot(), depth);
+                    }
+                });
+            }
+        }
+        matches.settle(blocks);
+    }
+
+    /// The prompt `blocks` goes to the target in `slot`, which was found to hold `matched` of it; `uncached_bytes` of text are new
+    /// to it (of a batch, in all its prompts).
+    pub fn stamp(&mut self, slot: u16, blocks: &[Block], matched: Match, uncached_bytes: u64) -> Claim {
+        self.advance(slot, uncached_bytes);
+        self.evict(BUCKETS_PER_STAMP);
+        let holder = Holder::new(slot, self.clocks.stamp(slot));
+        for (index, block) in blocks.iter().enumerate() {
+            self.store.stamp(block.key, table::depth_class(index), holder, |other| self.clocks.age(other));
+        }
+        Claim { stamp: holder.stamp(), from_block: matched.blocks }
+    }
+
+    /// The worker never answered what `claim` was made for: what it was sent for the first time then, it does not hold. What it
+    /// held before, and what it has been sent again since, stays.
+    pub fn take_back(&mut self, slot: u16, blocks: &[Block], claim: Claim) {
+        let claimed = Holder::new(slot, claim.stamp);
+        for block in blocks.get(claim.from_block as usize..).unwrap_or_default() {
+            if let Some(position) = self.store.table.find(block.key) {
+                self.store.retain(position, |holder| holder != claimed);
+            }
+        }
+    }
+
+    /// The target in `slot` took in `bytes` of text that no prompt has brought: what it generates takes room in its cache too.
+    pub fn advance(&mut self, slot: u16, bytes: u64) {
+        let quanta = self.clocks.quanta(slot, bytes);
+        self.tick(slot, quanta);
+    }
+
+    /// Reclaim what is past its horizon in the next `max_buckets` buckets; how many entries were freed.
+    pub fn evict(&mut self, max_buckets: usize) -> usize {
+        (0..max_buckets.min(self.store.table.buckets())).map(|_| self.sweep_bucket()).sum()
+    }
+
+    /// Bytes of text that the target in `slot` is credited with: what it was sent since it came, at most its capacity.
+    pub fn characters(&self, slot: u16) -> u64 {
+        self.clocks.characters(slot)
+    }
+
+    /// Checks what must hold between any two calls; for tests, and for an operator who suspects damage. Walks the whole table.
+    ///
+    /// # Errors
+    /// Names the first broken invariant.
+    pub fn check_integrity(&self) -> Result<(), String> {
+        self.clocks.check_integrity()?;
+        self.store.check_integrity()
+    }
+
+    /// Advance a clock, and sweep the share of the table that the advance owes.
+    fn tick(&mut self, slot: u16, quanta: u64) {
+        let cycle = self.sweep[CYCLE];
+        let advanced = self.clocks.tick(slot, quanta, cycle).min(clock::CYCLE_QUANTA);
+        let buckets = self.store.table.buckets() as u64;
+        let owed = (advanced * buckets).div_ceil(clock::CYCLE_QUANTA);
+        while self.sweep[CYCLE] == cycle && self.sweep[CURSOR] < owed {
+            self.sweep_bucket();
+        }
+    }
+
+    fn sweep_bucket(&mut self) -> usize {
+        let buckets = self.store.table.buckets();
+        let bucket = (self.sweep[CURSOR] as usize).min(buckets - 1);
+        let mut freed = 0;
+        for position in Table::positions_of_bucket(bucket) {
+            if self.store.table.entry(position) != table::Entry::Empty {
+                let empty = self.store.retain(position, |holder| self.clocks.age(holder).is_some());
+                freed += usize::from(empty);
+            }
+        }
+        if bucket + 1 == buckets {
+            self.sweep[CURSOR] = 0;
+            self.sweep[CYCLE] = self.sweep[CYCLE].wrapping_add(1);
+        } else {
+            self.sweep[CURSOR] = bucket as u64 + 1;
+        }
+        freed
+    }
+}

@@ -1,0 +1,133 @@
+//! The clocks of targets: what a target is sent moves its clock, and the clock decides what it still holds.
+//!
+//! A clock counts *quanta*: 1/4096 of the target's capacity, so that ages of different targets compare. A stamp is the clock's
+//! value when a block was last sent, in 20 bits; its block is resident iff its age is below the *window*: the horizon (one
+//! capacity), or less if the target came, restarted or was flushed since (the clock's *floor*).
+//!
+//! **Invariant.** A stored stamp is younger than 2^20 quanta, so its age modulo 2^20 is its age. A sweep cycle drops everything
+//! older than a window, and no clock may advance more than [`CYCLE_QUANTA`] and one step during a cycle: at most
+//! `MAX_HORIZON + 2 * (CYCLE_QUANTA + MAX_STEP)` = 548,864 < 1,048,576.
+
+use super::table::Holder;
+
+pub(super) const WORDS: usize = 8;
+
+const NOW: usize = 0;
+const WINDOW: usize = 1;
+const HORIZON: usize = 2;
+const FLOOR: usize = 3;
+const UNIT_BYTES: usize = 4;
+const REMAINDER_BYTES: usize = 5;
+const CYCLE: usize = 6;
+const CYCLE_START: usize = 7;
+
+pub(super) const STAMP_BITS: u32 = 20;
+const STAMP_MASK: u64 = (1 << STAMP_BITS) - 1;
+
+/// The horizon of a clock when its capacity is set anew, in quanta; it may be set between a quarter and twice of that before the
+/// quantum is chosen anew.
+const HORIZON_QUANTA: u64 = 1 << 12;
+const MAX_HORIZON: u64 = 2 * HORIZON_QUANTA;
+
+/// One step forgets everything when it is longer than the longest horizon; no need for longer ones.
+const MAX_STEP: u64 = MAX_HORIZON;
+
+/// How far a clock may advance while the sweep walks the table once. The longer, the less work per request: sending 1 % of a
+/// target's capacity owes 1/6400 of the table.
+pub(super) const CYCLE_QUANTA: u64 = 1 << 18;
+
+/// The clocks of all targets, one cache line each.
+pub(super) struct Clocks<'m>(pub(super) &'m mut [u64]);
+
+impl Clocks<'_> {
+    /// Quanta since the holder was stamped; None if it is not resident.
+    #[inline]
+    pub(super) fn age(&self, holder: Holder) -> Option<u32> {
+        let clock = self.clock(holder.slot())?;
+        let age = clock[NOW].wrapping_sub(u64::from(holder.stamp())) & STAMP_MASK;
+        (age < clock[WINDOW]).then_some(age as u32)
+    }
+
+    /// What to stamp a holder with now.
+    pub(super) fn stamp(&self, slot: u16) -> u32 {
+        self.clock(slot).map_or(0, |clock| (clock[NOW] & STAMP_MASK) as u32)
+    }
+
+    /// The whole quanta in `bytes` and what was left over before; what is left over now is kept for the next time.
+    pub(super) fn quanta(&mut self, slot: u16, bytes: u64) -> u64 {
+        let Some(clock) = self.clock_mut(slot) else { return 0 };
+        let bytes = clock[REMAINDER_BYTES].saturating_add(bytes);
+        let unit = clock[UNIT_BYTES].max(1);
+        clock[REMAINDER_BYTES] = bytes % unit;
+        bytes / unit
+    }
+
+    /// Advance by `quanta`; how far the clock has advanced in this sweep cycle.
+    pub(super) fn tick(&mut self, slot: u16, quanta: u64, cycle: u64) -> u64 {
+        let Some(clock) = self.clock_mut(slot) else { return 0 };
+        if clock[CYCLE] != cycle {
+            clock[CYCLE] = cycle;
+            clock[CYCLE_START] = clock[NOW];
+        }
+        clock[NOW] = clock[NOW].wrapping_add(quanta.min(MAX_STEP));
+        set_window(clock);
+        clock[NOW].wrapping_sub(clock[CYCLE_START])
+    }
+
+    /// The next tick (of at least one quantum) begins a new life: nothing stamped before it is resident after it.
+    pub(super) fn forget_at_next_tick(&mut self, slot: u16) {
+        if let Some(clock) = self.clock_mut(slot) {
+            clock[FLOOR] = clock[NOW].wrapping_add(1);
+            clock[REMAINDER_BYTES] = 0;
+        }
+    }
+
+    /// From now on the target holds `bytes` of text. Small changes move the horizon; larger ones choose a new quantum, and ages keep
+    /// their share of the capacity.
+    pub(super) fn set_capacity(&mut self, slot: u16, bytes: u64) {
+        let Some(clock) = self.clock_mut(slot) else { return };
+        let horizon = bytes / clock[UNIT_BYTES].max(1);
+        if clock[UNIT_BYTES] > 0 && (HORIZON_QUANTA / 4..=MAX_HORIZON).contains(&horizon) {
+            clock[HORIZON] = horizon;
+        } else {
+            clock[UNIT_BYTES] = (bytes / HORIZON_QUANTA).max(1);
+            clock[HORIZON] = (bytes / clock[UNIT_BYTES]).min(MAX_HORIZON);
+            clock[REMAINDER_BYTES] = 0;
+        }
+        set_window(clock);
+    }
+
+    pub(super) fn characters(&self, slot: u16) -> u64 {
+        let Some(clock) = self.clock(slot) else { return 0 };
+        let lived = clock[NOW].wrapping_sub(clock[FLOOR]).min(clock[HORIZON]);
+        lived * clock[UNIT_BYTES] + if lived < clock[HORIZON] { clock[REMAINDER_BYTES] } else { 0 }
+    }
+
+    pub(super) fn check_integrity(&self) -> Result<(), String> {
+        for (slot, clock) in self.0.chunks_exact(WORDS).enumerate() {
+            if clock[HORIZON] > MAX_HORIZON || clock[WINDOW] > clock[HORIZON] {
+                return Err(format!("target {slot}: window {} of horizon {}", clock[WINDOW], clock[HORIZON]));
+            }
+            if clock[UNIT_BYTES] > 0 && clock[REMAINDER_BYTES] >= clock[UNIT_BYTES] {
+                return Err(format!("target {slot}: more than a quantum is left over"));
+            }
+        }
+        Ok(())
+    }
+
+    fn clock(&self, slot: u16) -> Option<&[u64]> {
+        let start = usize::from(slot) * WORDS;
+        self.0.get(start..start + WORDS)
+    }
+
+    fn clock_mut(&mut self, slot: u16) -> Option<&mut [u64]> {
+        let start = usize::from(slot) * WORDS;
+        self.0.get_mut(start..start + WORDS)
+    }
+}
+
+fn set_window(clock: &mut [u64]) {
+    // In its first moment (now == floor) a target is credited with what is stamped in that moment.
+    let lived = clock[NOW].wrapping_sub(clock[FLOOR]).wrapping_add(1);
+    clock[WINDOW] = lived.min(clock[HORIZON]);
+}

@@ -1,0 +1,151 @@
+//! Entries: one for each known block, in buckets of a cache line; each key has two buckets it may stand in.
+
+use super::clock::STAMP_BITS;
+
+pub(super) const BUCKET_WORDS: usize = 8;
+/// Entries in a bucket.
+pub(super) const ENTRIES: usize = BUCKET_WORDS / 2;
+
+const TAG_BITS: u32 = 48;
+const KIND_MASK: u64 = 0xFF;
+
+const EMPTY: u64 = 0;
+const ONE: u64 = 1;
+const TWO: u64 = 2;
+const ROW: u64 = 3;
+
+/// A target that was sent a block, and when by its own clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Holder(pub(super) u32);
+
+impl Holder {
+    pub(super) fn new(slot: u16, stamp: u32) -> Self {
+        Self(u32::from(slot) << STAMP_BITS | stamp)
+    }
+
+    pub(super) fn slot(self) -> u16 {
+        (self.0 >> STAMP_BITS) as u16
+    }
+
+    pub(super) fn stamp(self) -> u32 {
+        self.0 & ((1 << STAMP_BITS) - 1)
+    }
+}
+
+/// Who holds the block of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Entry {
+    Empty,
+    One(Holder),
+    Two([Holder; 2]),
+    Row(u32),
+}
+
+/// A block's depth in its chain in 8 bits: exact up to 127, in steps of 32 from there.
+pub(super) fn depth_class(index: usize) -> u8 {
+    if index < 128 { index as u8 } else { (124 + (index >> 5)).min(255) as u8 }
+}
+
+/// Positions are entry numbers: bucket times [`ENTRIES`] plus place.
+pub(super) struct Table<'m> {
+    words: &'m mut [u64],
+}
+
+impl<'m> Table<'m> {
+    pub(super) fn new(words: &'m mut [u64]) -> Self {
+        Self { words }
+    }
+
+    pub(super) fn buckets(&self) -> usize {
+        self.words.len() / BUCKET_WORDS
+    }
+
+    pub(super) fn positions_of_bucket(bucket: usize) -> std::ops::Range<u32> {
+        let first = (bucket * ENTRIES) as u32;
+        first..first + ENTRIES as u32
+    }
+
+    /// The two buckets in which `key` may stand.
+    #[inline]
+    pub(super) fn candidates(&self, key: u64) -> [usize; 2] {
+        let buckets = self.buckets() as u64;
+        let scale = |hash: u64| (((hash >> 32) * buckets) >> 32) as usize;
+        [scale(key), scale(key.wrapping_mul(0x9E37_79B9_7F4A_7C15))]
+    }
+
+    #[inline]
+    pub(super) fn find(&self, key: u64) -> Option<u32> {
+        let tag = tag_of(key);
+        for bucket in self.candidates(key) {
+            let words = &self.words[bucket * BUCKET_WORDS..][..BUCKET_WORDS];
+            for place in 0..ENTRIES {
+                let word = words[2 * place];
+                if word >> (64 - TAG_BITS) == tag && word & KIND_MASK != EMPTY {
+                    return Some((bucket * ENTRIES + place) as u32);
+                }
+            }
+        }
+        None
+    }
+
+    /// The entry at a position; empty if there is no such position or what stands there cannot be an entry.
+    #[inline]
+    pub(super) fn entry(&self, position: u32) -> Entry {
+        let at = position as usize * 2;
+        let Some(&[head, body]) = self.words.get(at..).and_then(|words| words.first_chunk()) else {
+            return Entry::Empty;
+        };
+        let holders = [Holder(body as u32), Holder((body >> 32) as u32)];
+        match head & KIND_MASK {
+            ONE => Entry::One(holders[0]),
+            TWO => Entry::Two(holders),
+            ROW => Entry::Row(body as u32),
+            _ => Entry::Empty,
+        }
+    }
+
+    pub(super) fn depth_class(&self, position: u32) -> u8 {
+        self.words.get(position as usize * 2).map_or(0, |head| (head >> 8) as u8)
+    }
+
+    /// Say anew who holds the block of the entry at `position`.
+    pub(super) fn set(&mut self, position: u32, entry: Entry) {
+        let at = position as usize * 2;
+        let Some([head, body]) = self.words.get_mut(at..).and_then(|words| words.first_chunk_mut()) else { return };
+        let (kind, new_body) = match entry {
+            Entry::Empty => {
+                *head = 0;
+                return;
+            }
+            Entry::One(holder) => (ONE, u64::from(holder.0)),
+            Entry::Two([first, second]) => (TWO, u64::from(second.0) << 32 | u64::from(first.0)),
+            Entry::Row(row) => (ROW, u64::from(row)),
+        };
+        *body = new_body;
+        *head = *head & !KIND_MASK | kind;
+    }
+
+    /// Put the block of `key` where another stood.
+    pub(super) fn replace(&mut self, position: u32, key: u64, class: u8, holder: Holder) {
+        let at = position as usize * 2;
+        if let Some(head) = self.words.get_mut(at) {
+            *head = tag_of(key) << (64 - TAG_BITS) | u64::from(class) << 8;
+        }
+        self.set(position, Entry::One(holder));
+    }
+
+    /// Whether no other entry of the same bucket has the tag of the entry at `position`.
+    pub(super) fn is_alone(&self, position: u32) -> bool {
+        let head = |position: u32| self.words[position as usize * 2];
+        let bucket = position as usize / ENTRIES;
+        Self::positions_of_bucket(bucket).all(|other| {
+            other == position
+                || self.entry(other) == Entry::Empty
+                || head(other) >> (64 - TAG_BITS) != head(position) >> (64 - TAG_BITS)
+        })
+    }
+}
+
+fn tag_of(key: u64) -> u64 {
+    key & ((1 << TAG_BITS) - 1)
+}

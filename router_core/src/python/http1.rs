@@ -1,0 +1,316 @@
+//! `http` part of `warmroute._core`: heads, bodies, chunks.
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::http1;
+
+pyo3::create_exception!(
+    warmroute._core,
+    BadHead,
+    PyValueError,
+    "A head or framing that must be refused. `args == (status, message)`; the connection is closed afterwards."
+);
+
+pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("BadHead", m.py().get_type::<BadHead>())?;
+    m.add_class::<Route>()?;
+    m.add_class::<RequestHead>()?;
+    m.add_class::<ResponseHead>()?;
+    m.add_class::<HeadParser>()?;
+    m.add_class::<BodyReader>()?;
+    m.add_class::<ChunkDecoder>()
+}
+
+impl From<http1::BadHead> for PyErr {
+    fn from(refusal: http1::BadHead) -> Self {
+        BadHead::new_err((refusal.status, refusal.message))
+    }
+}
+
+/// -1 stands for "none" on the Python side.
+fn or_minus_one<T: TryInto<i64>>(number: Option<T>) -> i64 {
+    number.and_then(|number| number.try_into().ok()).unwrap_or(-1)
+}
+
+fn length_or_none(content_length: i64) -> Option<u64> {
+    u64::try_from(content_length).ok()
+}
+
+/// What a request line asks for, as far as the data plane cares.
+#[pyclass(module = "warmroute._core", frozen, eq, hash, rename_all = "UPPERCASE")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Route {
+    Chat,
+    Completions,
+    Generate,
+    Health,
+    Liveness,
+    Readiness,
+    Control,
+}
+
+impl From<http1::Route> for Route {
+    fn from(route: http1::Route) -> Self {
+        match route {
+            http1::Route::Chat => Route::Chat,
+            http1::Route::Completions => Route::Completions,
+            http1::Route::Generate => Route::Generate,
+            http1::Route::Health => Route::Health,
+            http1::Route::Liveness => Route::Liveness,
+            http1::Route::Readiness => Route::Readiness,
+            http1::Route::Control => Route::Control,
+        }
+    }
+}
+
+#[pyclass(module = "warmroute._core", frozen)]
+struct RequestHead(http1::RequestHead);
+
+#[pymethods]
+impl RequestHead {
+    #[getter]
+    fn method(&self) -> &str {
+        self.0.method()
+    }
+
+    /// Without the query.
+    #[getter]
+    fn path<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.0.path())
+    }
+
+    #[getter]
+    fn route(&self) -> Route {
+        self.0.route().into()
+    }
+
+    /// CHAT, COMPLETIONS or GENERATE.
+    #[getter]
+    fn is_routed(&self) -> bool {
+        self.0.route().is_routed()
+    }
+
+    /// Bytes of the head, the empty line included.
+    #[getter]
+    fn size(&self) -> usize {
+        self.0.size()
+    }
+
+    /// -1: none given.
+    #[getter]
+    fn content_length(&self) -> i64 {
+        or_minus_one(self.0.content_length())
+    }
+
+    #[getter]
+    fn chunked(&self) -> bool {
+        self.0.chunked()
+    }
+
+    #[getter]
+    fn keep_alive(&self) -> bool {
+        self.0.keep_alive()
+    }
+
+    #[getter]
+    fn http_1_0(&self) -> bool {
+        self.0.http_1_0()
+    }
+
+    #[getter]
+    fn expect_continue(&self) -> bool {
+        self.0.expect_continue()
+    }
+
+    /// The first of the configured headers that the client sent.
+    #[getter]
+    fn request_id<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
+        self.0.request_id().map(|value| PyBytes::new(py, value))
+    }
+
+    #[getter]
+    fn authorization<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
+        self.0.authorization().map(|value| PyBytes::new(py, value))
+    }
+
+    /// The header lines that policies read, with lower-case names; empty as a rule.
+    #[getter]
+    fn routing_headers<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.routing_headers())
+    }
+
+    /// The head to send to a worker.
+    #[pyo3(signature = (host, authorization, request_id, content_length, /))]
+    fn to_worker<'py>(
+        &self,
+        py: Python<'py>,
+        host: &[u8],
+        authorization: Option<&[u8]>,
+        request_id: &[u8],
+        content_length: i64,
+    ) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.to_worker(host, authorization, request_id, length_or_none(content_length)))
+    }
+
+    /// The head to send to the control app.
+    #[pyo3(signature = (content_length, /))]
+    fn to_control<'py>(&self, py: Python<'py>, content_length: i64) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.to_control(length_or_none(content_length)))
+    }
+}
+
+#[pyclass(module = "warmroute._core", frozen)]
+struct ResponseHead(http1::ResponseHead);
+
+#[pymethods]
+impl ResponseHead {
+    #[getter]
+    fn status(&self) -> u16 {
+        self.0.status()
+    }
+
+    #[getter]
+    fn size(&self) -> usize {
+        self.0.size()
+    }
+
+    /// -1: none given.
+    #[getter]
+    fn content_length(&self) -> i64 {
+        or_minus_one(self.0.content_length())
+    }
+
+    #[getter]
+    fn chunked(&self) -> bool {
+        self.0.chunked()
+    }
+
+    /// Whether the worker's connection can be used again after this response.
+    #[getter]
+    fn keep_alive(&self) -> bool {
+        self.0.keep_alive()
+    }
+
+    /// Of the x-prompt-tokens header; -1 when absent or not a number.
+    #[getter]
+    fn prompt_tokens(&self) -> i64 {
+        or_minus_one(self.0.prompt_tokens())
+    }
+
+    /// Of the x-cached-tokens header; -1 when absent or not a number.
+    #[getter]
+    fn cached_tokens(&self) -> i64 {
+        or_minus_one(self.0.cached_tokens())
+    }
+
+    /// -1 when absent or a date.
+    #[getter]
+    fn retry_after_seconds(&self) -> i64 {
+        or_minus_one(self.0.retry_after_seconds())
+    }
+
+    /// The head to send to the client.
+    #[pyo3(signature = (extra, keep_alive, chunked, /))]
+    fn to_client<'py>(&self, py: Python<'py>, extra: &[u8], keep_alive: bool, chunked: bool) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.to_client(extra, keep_alive, chunked))
+    }
+}
+
+#[pyclass(module = "warmroute._core", frozen)]
+struct HeadParser(http1::HeadParser);
+
+#[pymethods]
+impl HeadParser {
+    #[new]
+    #[pyo3(signature = (*, request_id_headers, max_head_bytes))]
+    fn new(request_id_headers: Vec<String>, max_head_bytes: u32) -> PyResult<Self> {
+        let parser = http1::HeadParser::new(request_id_headers, max_head_bytes);
+        parser.map(Self).map_err(|name| PyValueError::new_err(format!("not a header name: {:?}", name.0)))
+    }
+
+    /// Parse the head at the start of `data`; None: more bytes are needed. Raises BadHead (400, 431, 505).
+    #[pyo3(signature = (data, /))]
+    fn request(&self, data: &[u8]) -> PyResult<Option<RequestHead>> {
+        Ok(self.0.request(data)?.map(RequestHead))
+    }
+
+    /// As `request`, for a worker. 1xx heads are returned like others. Raises BadHead(502, ...).
+    #[pyo3(signature = (data, head_request, /))]
+    fn response(&self, data: &[u8], head_request: bool) -> PyResult<Option<ResponseHead>> {
+        Ok(self.0.response(data, head_request)?.map(ResponseHead))
+    }
+}
+
+/// Finds the end of a message body in a stream of bytes. The bytes themselves are not touched.
+#[pyclass(module = "warmroute._core")]
+struct BodyReader(http1::BodyReader);
+
+#[pymethods]
+impl BodyReader {
+    #[staticmethod]
+    #[pyo3(signature = (length, /))]
+    fn of_length(length: u64) -> Self {
+        Self(http1::BodyReader::of_length(length))
+    }
+
+    #[staticmethod]
+    fn of_chunks() -> Self {
+        Self(http1::BodyReader::of_chunks())
+    }
+
+    #[staticmethod]
+    fn until_eof() -> Self {
+        Self(http1::BodyReader::until_eof())
+    }
+
+    /// -1: all of `data` belongs to the body and it goes on; else how many bytes of `data` end it.
+    #[pyo3(signature = (data, /))]
+    fn feed(&mut self, data: &[u8]) -> PyResult<i64> {
+        Ok(or_minus_one(self.0.feed(data)?))
+    }
+
+    #[getter]
+    fn done(&self) -> bool {
+        self.0.done()
+    }
+
+    /// Bytes missing until the current chunk and its CRLF are complete; -1 where that has no meaning.
+    #[getter]
+    fn open_chunk_bytes(&self) -> i64 {
+        or_minus_one(self.0.open_chunk_bytes())
+    }
+
+    /// The connection ended here. True if that ends the body.
+    fn end_of_file(&mut self) -> bool {
+        self.0.end_of_file()
+    }
+
+    /// (prompt, completion, cached) tokens found in the last bytes of the body; -1 unknown.
+    fn usage(&self) -> (i64, i64, i64) {
+        let usage = self.0.usage();
+        (or_minus_one(usage.prompt_tokens), or_minus_one(usage.completion_tokens), or_minus_one(usage.cached_tokens))
+    }
+}
+
+/// Takes the chunked coding off.
+#[pyclass(module = "warmroute._core")]
+struct ChunkDecoder(http1::ChunkDecoder);
+
+#[pymethods]
+impl ChunkDecoder {
+    #[new]
+    #[pyo3(signature = (max_body_bytes, /))]
+    fn new(max_body_bytes: u64) -> Self {
+        Self(http1::ChunkDecoder::new(max_body_bytes))
+    }
+
+    /// (decoded bytes, end): `end` is -1 while the body goes on, else the number of bytes of `data` that ended it.
+    #[pyo3(signature = (data, /))]
+    fn feed<'py>(&mut self, py: Python<'py>, data: &[u8]) -> PyResult<(Bound<'py, PyBytes>, i64)> {
+        let mut decoded = Vec::with_capacity(data.len());
+        let end = self.0.feed(data, &mut decoded)?;
+        Ok((PyBytes::new(py, &decoded), or_minus_one(end)))
+    }
+}
