@@ -65,12 +65,12 @@ async def test_a_cancel_is_recorded(fake_worker: FakeWorker) -> None:
     fake_worker.script = Script(stall=True)
     reader, writer = await asyncio.open_connection("127.0.0.1", fake_worker.port)
     writer.write(post("/v1/chat/completions", chat_body("hello")))
-    while fake_worker.record.in_flight == 0:  # noqa: ASYNC110  # the event is in another connection's protocol
+    while fake_worker.record.in_flight == 0:  # the event is in another connection's protocol
         await asyncio.sleep(0.001)
     writer.close()
     await writer.wait_closed()
     assert await reader.read() == b""
-    while fake_worker.record.in_flight:  # noqa: ASYNC110
+    while fake_worker.record.in_flight:
         await asyncio.sleep(0.001)
     assert fake_worker.record.cancelled == 1
 
