@@ -29,7 +29,6 @@ LOGS = REPOSITORY / ".run" / "bench"
 WARM_UP_SECONDS = 1.0
 FOREIGN_SHARE = 0.10
 """Of one CPU, used by other processes: above it a measurement is repeated. Undisturbed ones mostly stay below 3 %."""
-REPEATS = 3
 READY_SECONDS = 60.0
 
 
@@ -43,8 +42,8 @@ class Measured:
 class Bench:
     """Starts routers and workers, pinned, and measures."""
 
-    def __init__(self, processes: Processes, seconds: float, pinned: bool) -> None:
-        self.processes, self.seconds = processes, seconds
+    def __init__(self, processes: Processes, seconds: float, repeats: int, pinned: bool) -> None:
+        self.processes, self.seconds, self.repeats = processes, seconds, repeats
         self.router_cpus = {1} if pinned else None
         self.load_cpus = {0} if pinned else None
         if self.load_cpus is not None:
@@ -107,9 +106,9 @@ class Bench:
         cell.first_byte_p99 = load.quantile(0.99, [reply.first_byte_seconds for reply in load.replies]) * 1e6
 
     def _undisturbed(self, cell: Cell, router: Process, run: Callable[[], Coroutine[None, None, Load]]) -> Measured:
-        """Repeat until nobody else used the machine, at most REPEATS times; the quietest counts."""
+        """Repeat until nobody else used the machine, at most `repeats` times; the quietest counts."""
         best: Measured | None = None
-        for _ in range(REPEATS):
+        for _ in range(self.repeats):
             own = set(tree(os.getpid()))
             before, router_before, start = Snapshot.take(), tree_cpu_ns(router.pid), time.perf_counter()
             load = uvloop.run(run())
@@ -158,6 +157,7 @@ def main() -> None:
     parser.add_argument("--routers", nargs="+", choices=list(CONTENDERS), default=["warmroute", "vllm-router"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of a disturbed measurement (default: %(default)s)")
     parser.add_argument("--unpinned", action="store_true", help="let the scheduler place everything")
     parser.add_argument("--json", type=Path, help="write every cell there")
     arguments = parser.parse_args()
@@ -167,7 +167,7 @@ def main() -> None:
         for name in arguments.routers:
             CONTENDERS[name].python()
         with Processes(LOGS) as processes:
-            bench = Bench(processes, arguments.seconds, pinned)
+            bench = Bench(processes, arguments.seconds, arguments.repeats, pinned)
             for workload in (WORKLOADS[name] for name in arguments.workloads):
                 requests = workload.build()
                 for turn in range(arguments.rounds):

@@ -61,8 +61,8 @@ extras=demo
 key=$(digest pyproject.toml workers/pyproject.toml Cargo.toml)
 if ! fresh packages-dev "$key" && ! fresh "packages-$extras" "$key"; then
     say "installing Python packages ($extras)"
-    pip install -q "maturin>=1.9.4,<2" "hatchling>=1.26"
-    pip install -q --no-build-isolation -e ./workers
+    pip install -q "maturin>=1.9.4,<2"
+    pip install -q -e ./workers
     .venv/bin/python scripts/requirements.py "$extras" >.venv/requirements.txt
     pip install -q -r .venv/requirements.txt
     echo "$key" >"$stamps/packages-$extras"
@@ -75,6 +75,6 @@ sources=$(find router_core Cargo.toml Cargo.lock pyproject.toml -type f \
 key=$(digest $sources)
 if ! fresh core "$key" || [ -z "$(find python/warmroute -name '_core*.so' 2>/dev/null)" ]; then
     say "building the Rust core (release; about a minute on 2 cores)"
-    VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --quiet || die "building the Rust core failed (see above)"
+    PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --quiet || die "building the Rust core failed (see above)"
     echo "$key" >"$stamps/core"
 fi
