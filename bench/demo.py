@@ -18,7 +18,7 @@ from tests.processes import REPOSITORY, ProcessError, Processes, request_json
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
 
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 WANTED_RATIO = 1.5
 ANSWER_COLUMNS = 48
 
