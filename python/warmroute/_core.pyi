@@ -312,7 +312,7 @@ class RequestHead:
     def expect_continue(self) -> bool: ...
     @property
     def request_id(self) -> bytes | None:
-        """The first of the configured headers that the client sent."""
+        """The first of the configured headers that the client sent with visible ASCII of at most 128 bytes."""
     @property
     def authorization(self) -> bytes | None: ...
     @property
@@ -320,9 +320,10 @@ class RequestHead:
         """The header lines that policies read, as `name: value\\r\\n` with lower-case names; b"" as a rule."""
     def to_worker(self, host: bytes, authorization: bytes | None, request_id: bytes, content_length: int, /) -> bytes:
         """The head to send to a worker: request line, host, content-length, x-request-id, and of the client's headers
-        only content-type, accept, user-agent, x-correlation-id, traceparent, tracestate, the routing keys, x-data-
-        parallel-rank, and authorization (replaced by `authorization` when that is given; b"" drops it).
-        """
+        only content-type, accept, user-agent, x-correlation-id, traceparent, tracestate, the routing keys,
+        x-data-parallel-rank, and authorization (replaced by `authorization` when that is given; b"" drops it).
+
+        The arguments are written as they are: they must hold no line ends."""
     def to_control(self, content_length: int, /) -> bytes:
         """The head to send to the control app: everything end-to-end, with a content-length (-1: none)."""
 
@@ -351,8 +352,10 @@ class ResponseHead:
     def to_client(self, extra: bytes, keep_alive: bool, chunked: bool, /) -> bytes:
         """The head to send to the client: status line and end-to-end headers as the worker sent them, framing headers
         (content-length kept, or transfer-encoding when `chunked`), `connection: close` unless `keep_alive`, then
-        `extra` (whole lines, each with CRLF). The worker's own x-request-id is dropped: `extra` brings the router's.
-        """
+        `extra` (whole lines, each with CRLF).
+
+        The worker's own x-request-id is dropped: `extra` brings the router's. It must also bring `connection:
+        keep-alive` for an HTTP/1.0 client that is to use its connection again."""
 
 @final
 class HeadParser:
@@ -382,14 +385,12 @@ class BodyReader:
     @property
     def open_chunk_bytes(self) -> int:
         """Of a chunked body that goes on: bytes missing until the current chunk and its CRLF are complete (0: at a
-        chunk boundary); -1 inside a chunk's size line or a trailer, or for another framing.
-        """
+        chunk boundary); -1 inside a chunk's size line or a trailer, or for another framing."""
     def end_of_file(self) -> bool:
         """The connection ended here. True if that ends the body (`until_eof`, or it was done already)."""
     def usage(self) -> tuple[int, int, int]:
-        """(prompt, completion, cached) tokens found in the last bytes of the body (a JSON body or an SSE stream); -1
-        unknown.
-        """
+        """(prompt, completion, cached) tokens found in the last bytes of the body (a JSON body or an SSE stream); -1:
+        unknown."""
 
 @final
 class ChunkDecoder:

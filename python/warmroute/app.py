@@ -5,6 +5,7 @@ both run in one process.
 """
 
 import asyncio
+import errno
 import logging
 import os
 import resource
@@ -13,6 +14,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic_ns
+from typing import Any
 
 import uvloop
 
@@ -156,21 +158,38 @@ def listening_sockets(host: str, port: int) -> list[socket.socket]:
     except (socket.gaierror, UnicodeError) as error:
         raise CannotStart(f"cannot listen on {host}: {getattr(error, 'strerror', None) or error} (--host)") from None
     sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+        try:
+            sockets.append(_listening_socket(family, address))
+        except OSError as error:
+            failure = error
+            # `localhost` stands for ::1 too, which a machine without IPv6 does not have.
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                break
+    else:
+        if sockets:
+            return sockets
+    for sock in sockets:
+        sock.close()
+    reason = failure.strerror if failure else "it stands for no address"
+    raise CannotStart(f"cannot listen on {host}:{port}: {reason} (--host, --port)")
+
+
+def _listening_socket(family: int, address: Any) -> socket.socket:
+    """Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(address)
-            sock.listen(LISTEN_BACKLOG)
-            sock.setblocking(False)
-    except OSError as error:
-        for sock in sockets:
-            sock.close()
-        raise CannotStart(f"cannot listen on {host}:{port}: {error.strerror} (--host, --port)") from None
-    return sockets
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(LISTEN_BACKLOG)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 async def _until_stopped(data_plane: RunningDataPlane, grace_seconds: float) -> int:

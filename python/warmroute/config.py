@@ -67,7 +67,8 @@ class RouterConfig:
     index_memory: int = _flag(64 * MIB, "bytes of memory for the prefix index of all workers", "BYTES")
     strict_model: bool = _flag(False, "answer 404 to an unknown model even when only one model is served")
     seed: int | None = _flag(None, "seed of every random choice, for reproducible runs", "INTEGER")
-    hash_seed: int | None = _flag(None, "seed of the prefix hashes; random unless given", "INTEGER")
+    # Whoever knows it can make prompts that collide.
+    hash_seed: int | None = _flag(None, "seed of the prefix hashes; random unless given", "INTEGER", secret=True)
 
     # -- retries
     retry_max_retries: int = _flag(5, "attempts per request, the first included", "ATTEMPTS")

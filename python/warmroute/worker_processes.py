@@ -129,6 +129,9 @@ class WorkerProcesses:
 
     def stop(self) -> None:
         """Ask all to end, wait, then kill what is left of each: returns when no process of theirs is running."""
+        # It takes ten seconds at most; one more Ctrl-C must not leave it half done.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)

@@ -11,12 +11,14 @@ mod chunks;
 mod fields;
 mod request;
 mod response;
+mod target;
 mod usage;
 
 pub use body::BodyReader;
 pub use chunks::ChunkDecoder;
-pub use request::{RequestHead, Route};
+pub use request::RequestHead;
 pub use response::ResponseHead;
+pub use target::Route;
 pub use usage::Usage;
 
 /// A head or a framing that must be refused; the connection cannot be used afterwards.

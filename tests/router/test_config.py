@@ -1,6 +1,7 @@
 """Configuration and command line: defaults, origins, what is refused and how."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,13 @@ def test_bad_environment_names_the_variable(capsys: pytest.CaptureFixture[str]) 
 def test_no_flag_is_both_built_and_refused() -> None:
     built = {field.name.replace("_", "-") for field in dataclasses.fields(RouterConfig)}
     assert not built & REFUSED_FLAGS.keys()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RouterConfig)])
+def test_every_field_is_read_by_some_logic(name: str) -> None:
+    package = Path(__file__).parents[2] / "python" / "warmroute"
+    sources = [path for path in package.rglob("*.py") if path.name not in ("config.py", "command_line.py")]
+    assert any(f"config.{name}" in path.read_text() for path in sources)
 
 
 def test_help_shows_every_flag_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ class Router:
 
     async def ready(self) -> None:
         async with asyncio.timeout(10.0):
-            while (await self.http.get("/readiness")).status_code != 200:
+            while (await self.http.get("/readiness")).status_code != 200:  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.05)
 
 
@@ -51,7 +51,7 @@ async def launched(tmp_path: Path, *flags: str) -> AsyncIterator[Router]:
     log_path = tmp_path / "router.log"
     flags = (*flags, "--port", str(port), "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()))
     with log_path.open("wb") as log:
-        process = subprocess.Popen(command(*flags), stderr=log, stdout=log)
+        process = subprocess.Popen(command(*flags), stderr=log, stdout=log)  # noqa: ASYNC220 (milliseconds)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10.0) as http:
             router = Router(process, http, log_path)
@@ -95,7 +95,7 @@ async def test_running_stream_is_finished(tmp_path: Path, number: signal.Signals
     async with FakeWorker() as worker, launched(tmp_path, "--worker-urls", worker.url) as router:
         await router.ready()
         worker.script.chunk_seconds, worker.script.chunks = 0.1, 10
-        pieces = []
+        pieces: list[str] = []
         async with router.http.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True}) as answer:
             async for piece in answer.aiter_text():
                 if not pieces:

@@ -86,7 +86,7 @@ def launched(tmp_path: Path, *flags: str, fate: str = "", port: int = 0) -> Iter
     (package / "launch_worker.py").write_text(textwrap.dedent(STAND_IN))
     base_port = free_port()
     environment = os.environ | {
-        "PYTHONPATH": f"{tmp_path}:{REPOSITORY}",
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         "STAND_IN_NOTES": str(notes),
         "STAND_IN_FATE": fate,
         "STAND_IN_PORT": str(base_port + 1),
@@ -163,7 +163,7 @@ async def test_death_of_the_launcher_leaves_no_worker(tmp_path: Path) -> None:
 
 
 async def test_one_worker_may_die_later_but_not_all(tmp_path: Path) -> None:
-    with launched(tmp_path, "--dp", "2") as server:
+    with launched(tmp_path, "--dp", "2", "--router-health-check-interval-secs", "0.2") as server:
         await server.ready_workers(2)
         await asyncio.sleep(0.5)  # the launcher has its own look at them
         first, second = (pid for pid, _ in server.workers().values())

@@ -88,8 +88,8 @@ class Lifecycle:
         self._alive.discard(part)
         clean = self._draining and return_code in (0, -signal.SIGTERM)
         if clean and part is Part.HTTP:
-            # Every request is answered. How the driver ends, which loses its only peer, does not matter any more, and it
-            # may well have ended before its peer was seen to.
+            # Every request is answered. How the driver ends, which loses its only peer, does not matter any more, and
+            # it may well have ended before its peer was seen to.
             self._served = True
             self._cause = None
         if not clean and not self._served and self._cause is None and self._interrupted_by is None:

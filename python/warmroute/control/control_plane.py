@@ -32,6 +32,8 @@ TICK_SECONDS: Final = 0.1
 _BUCKET_BYTES: Final = 64
 # The sockets to the control app are inside this process: an idle one costs nothing, so the data plane closes it first.
 _UPSTREAM_KEEP_ALIVE_SECONDS: Final = 3600.0
+# The data plane has drained by then, or was told not to.
+_SHUTDOWN_SECONDS: Final = 1.0
 
 
 class ControlPlane:
@@ -60,8 +62,15 @@ class ControlPlane:
         worker_api = WorkerApi(self.registry, self._prober, monotonic_ns)
         fleet_api = FleetApi(self.registry, self._client, monotonic_ns)
         app = control_app(settings, core, counts, self.metrics, worker_api, fleet_api)
-        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=_UPSTREAM_KEEP_ALIVE_SECONDS)
-        self._metrics_runner = web.AppRunner(metrics_app(self.metrics), access_log=None)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            keepalive_timeout=_UPSTREAM_KEEP_ALIVE_SECONDS,
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+        self._metrics_runner = web.AppRunner(
+            metrics_app(self.metrics), access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS
+        )
 
     async def start(self) -> None:
         """Begin to probe the start-up workers and to answer. Raises OSError when the metrics port cannot be had."""

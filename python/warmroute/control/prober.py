@@ -89,6 +89,8 @@ class Prober:
             log.exception("worker %s: the probe failed in an unforeseen way", worker.spec.url)
         worker.lost |= refused
         self.checks[ok] += 1
+        if self._registry.worker(worker.worker_id) is None:
+            return  # it was removed in the meantime
         now_ns = self._clock()
         if worker.slots:
             for transition in self._core.observe_probe(worker.head, ok, now_ns):

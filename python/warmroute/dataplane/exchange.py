@@ -67,7 +67,7 @@ class Exchange:
         raise NotImplementedError
 
     def not_answered(self, reason: str, *, stale: bool) -> None:
-        """The connection ended before a response head. `stale`: it had answered before and nothing of this answer came."""
+        """The connection ended before a response head. `stale`: it had answered before, and nothing came this time."""
         if stale and self._may_resend:
             # The server timed the idle connection out while we wrote: the one failure that says nothing. Once, to the
             # same worker.
@@ -120,7 +120,10 @@ class Exchange:
         http_1_0 = self._head.http_1_0
         sized = head.content_length >= 0
         keep_alive = client.may_keep_alive and (sized or not http_1_0)
-        out = head.to_client(self._extra_headers(), keep_alive, not sized and not http_1_0)
+        extra = self._extra_headers()
+        if http_1_0 and keep_alive:
+            extra += b"connection: keep-alive\r\n"  # what HTTP/1.1 takes for granted
+        out = head.to_client(extra, keep_alive, not sized and not http_1_0)
         client.keep_alive = keep_alive
         write = client.write
         if sized or (head.chunked and not http_1_0):

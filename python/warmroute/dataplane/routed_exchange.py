@@ -221,7 +221,7 @@ class RoutedExchange(Exchange):
         self._break_off(connection, ErrorCode.UPSTREAM_STREAM_BROKEN, f"The worker's answer broke off: {reason}")
 
     def _break_off(self, connection: WorkerConnection, code: ErrorCode, message: str) -> None:
-        """End what has begun so that nobody takes it for whole: an error event where the dialect has one, then close."""
+        """End what has begun so that nobody takes it for whole: an error event where there is a dialect, then close."""
         self._finish(code.status)
         if self._request.stream and not self._head.http_1_0 and self.response is not None and self.response.chunked:
             # The worker's last chunk may be cut: fill it with newlines, which SSE ignores, so that the event can be

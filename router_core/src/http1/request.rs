@@ -6,50 +6,13 @@ use httparse::{Error, Header, Status};
 
 use super::BadHead;
 use super::fields::{self, Field, FieldName, Fields, MAX_FIELDS, Span};
+use super::target::{self, Route};
 
 /// Empty lines tolerated before a request line: RFC 9112 section 2.2 asks for one, old clients send one after a POST.
 const MAX_LEADING_EMPTY_LINES: usize = 4;
 
 /// Longest request id taken from a client; uuids are 36, W3C trace ids 55 bytes.
 const MAX_REQUEST_ID_BYTES: usize = 128;
-
-/// What a request line asks for, as far as the data plane cares.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Route {
-    /// `POST /v1/chat/completions`
-    Chat,
-    /// `POST /v1/completions`
-    Completions,
-    /// `POST /generate`
-    Generate,
-    /// `GET /health`
-    Health,
-    /// `GET /liveness`
-    Liveness,
-    /// `GET /readiness`
-    Readiness,
-    /// Everything else, also a routed path with another method than POST.
-    Control,
-}
-
-impl Route {
-    fn of(method: &[u8], path: &[u8]) -> Self {
-        match (method, path) {
-            (b"POST", b"/v1/chat/completions") => Route::Chat,
-            (b"POST", b"/v1/completions") => Route::Completions,
-            (b"POST", b"/generate") => Route::Generate,
-            (b"GET", b"/health") => Route::Health,
-            (b"GET", b"/liveness") => Route::Liveness,
-            (b"GET", b"/readiness") => Route::Readiness,
-            _ => Route::Control,
-        }
-    }
-
-    /// Whether it goes to a worker.
-    pub fn is_routed(self) -> bool {
-        matches!(self, Route::Chat | Route::Completions | Route::Generate)
-    }
-}
 
 /// A request's head. Owns a copy of the head's bytes, so that the read buffer is free; all else is ranges of it.
 #[derive(Debug)]
@@ -264,7 +227,7 @@ pub(super) fn parse(
     if upgrade {
         return Err(refuse("upgrade is not supported"));
     }
-    let (authority, target) = split_target(method, target.as_bytes()).map_err(refuse)?;
+    let (authority, target) = target::split(method, target.as_bytes()).map_err(refuse)?;
     let path = target.split(|&byte| byte == b'?').next().unwrap_or_default();
     let authorization = only_authorization(&end_to_end).map_err(refuse)?;
     let request_id = request_id(head, &end_to_end, request_id_headers);
@@ -291,43 +254,6 @@ pub(super) fn parse(
 fn leading_empty_lines(data: &[u8]) -> usize {
     let lines = data.chunks_exact(2).take(MAX_LEADING_EMPTY_LINES).take_while(|line| line == b"\r\n");
     2 * lines.count()
-}
-
-/// Authority (of an absolute-form target only) and origin-form of a target.
-fn split_target<'t>(method: &str, target: &'t [u8]) -> Result<(Option<&'t [u8]>, &'t [u8]), &'static str> {
-    if method == "CONNECT" {
-        return Err("CONNECT is not supported");
-    }
-    // A fragment is no part of a target (RFC 9112 section 3.2); who strips it and who does not would see different paths.
-    if !target.iter().all(|byte| byte.is_ascii_graphic() && *byte != b'#') {
-        return Err("the target has a character that must be encoded");
-    }
-    match target {
-        [b'/', ..] => Ok((None, target)),
-        b"*" if method == "OPTIONS" => Ok((None, target)),
-        _ => split_absolute_target(target),
-    }
-}
-
-fn split_absolute_target(target: &[u8]) -> Result<(Option<&[u8]>, &[u8]), &'static str> {
-    let scheme = [&b"http://"[..], b"https://"]
-        .into_iter()
-        .find(|scheme| target.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme)));
-    let Some(scheme) = scheme else {
-        return Err("the target is neither a path nor an http URL");
-    };
-    let rest = &target[scheme.len()..];
-    let end = rest.iter().position(|byte| b"/?".contains(byte)).unwrap_or(rest.len());
-    let (authority, origin) = rest.split_at(end);
-    if authority.is_empty() || !fields::is_authority(authority) {
-        return Err("the target's host is not a host name");
-    }
-    match origin {
-        // "http://host" asks for "/": the scheme's last slash stands for it, so that the target stays a range of the head.
-        [] => Ok((Some(authority), &target[scheme.len() - 1..scheme.len()])),
-        [b'/', ..] => Ok((Some(authority), origin)),
-        _ => Err("the target has a query but no path"),
-    }
 }
 
 /// Two credentials would let the edge check one and the server behind it the other.

@@ -12,7 +12,7 @@ use super::fields::{self, Field, FieldName, Fields, MAX_FIELDS, Span};
 pub struct ResponseHead {
     head: Box<[u8]>,
     status: u16,
-    /// `200 OK`
+    /// `200 OK`, or `200` from a worker that gives no reason.
     status_and_reason: Span,
     content_length: Option<u64>,
     content_length_line: Option<Span>,
@@ -68,8 +68,10 @@ impl ResponseHead {
         // 64 covers the lines written here.
         let mut head = Vec::with_capacity(self.head.len() + extra.len() + 64);
         head.extend_from_slice(b"HTTP/1.1 ");
-        head.extend_from_slice(self.status_and_reason.from(&self.head));
-        head.extend_from_slice(b"\r\n");
+        let status_and_reason = self.status_and_reason.from(&self.head);
+        head.extend_from_slice(status_and_reason);
+        // The space behind the status must stand even when no reason follows it (RFC 9112 section 4).
+        head.extend_from_slice(if status_and_reason.len() == 3 { b" \r\n" } else { b"\r\n" });
         for field in &self.end_to_end {
             head.extend_from_slice(field.line(&self.head));
             head.extend_from_slice(b"\r\n");
