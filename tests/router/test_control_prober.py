@@ -155,6 +155,7 @@ async def test_hanging_worker() -> None:
     server.close()
     for writer in held:
         writer.close()
+        await writer.wait_closed()
 
 
 async def test_worker_without_a_model_is_not_ready() -> None:
