@@ -22,8 +22,8 @@ MAX_TOKENS = 64
 WANTED_RATIO = 1.5
 ANSWER_COLUMNS = 48
 
-COLUMNS = ("turn", "conversation", "worker", "prompt tokens", "cached tokens", "first token", "answer")
-WIDTHS = (4, 12, 8, 13, 13, 11, ANSWER_COLUMNS)
+COLUMNS = ("conversation", "turn", "worker", "prompt tokens", "cached tokens", "first token", "answer")
+WIDTHS = (12, 4, 8, 13, 13, 11, ANSWER_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def print_turn(turn: Turn) -> None:
     shortened = answer if len(answer) <= ANSWER_COLUMNS else answer[: ANSWER_COLUMNS - 1] + "…"
     print_row(
         (
-            str(turn.turn),
             turn.conversation,
+            str(turn.turn),
             turn.worker,
             str(turn.prompt_tokens),
             str(turn.cached_tokens),

@@ -26,9 +26,7 @@ def fail_one_request(control: RunningControl) -> None:
 
 async def test_dead_worker_is_left_out_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    async with running_control(**FAST) as control:
-        worker = FakeWorker()
-        await worker.start()
+    async with running_control(**FAST) as control, FakeWorker() as worker:
         worker_id = await control.register(worker.url)
         await control.reaches(worker_id, "ready")
         asked = worker.record.other_paths["/server_info"]
@@ -52,9 +50,7 @@ async def test_dead_worker_is_left_out_and_comes_back(caplog: pytest.LogCaptureF
 
 async def test_failed_request_has_its_worker_probed_at_once() -> None:
     """With an hour between checks, nothing else would find out."""
-    async with running_control(health_check_interval_secs=3600.0) as control:
-        worker = FakeWorker()
-        await worker.start()
+    async with running_control(health_check_interval_secs=3600.0) as control, FakeWorker() as worker:
         worker_id = await control.register(worker.url)
         await control.reaches(worker_id, "ready")
         await worker.stop()
@@ -72,9 +68,7 @@ async def test_failed_request_has_its_worker_probed_at_once() -> None:
 
 
 async def test_restart_makes_the_core_forget_its_cache() -> None:
-    async with running_control(**FAST) as control:
-        worker = FakeWorker()
-        await worker.start()
+    async with running_control(**FAST) as control, FakeWorker() as worker:
         worker_id = await control.register(worker.url)
         await control.reaches(worker_id, "ready")
         now_ns = time.monotonic_ns()
@@ -155,6 +149,7 @@ async def test_hanging_worker() -> None:
     server.close()
     for writer in held:
         writer.close()
+        await writer.wait_closed()
 
 
 async def test_worker_without_a_model_is_not_ready() -> None:

@@ -133,15 +133,32 @@ def test_worker(module: str, path: Path) -> None:
         assert not within(imported, "transformers"), f"{module} imports transformers"
 
 
-# Arguments, scheduler, KV bookkeeping, messages: testable and importable without torch. HTTP and the supervisor run
-# in processes that never load it.
-TORCHLESS = ("args", "messages", "scheduler", "kv", "block_manager", "radix", "prefix_cache", "http", "launch_worker")
+# From the command line down to the kernels; a module may import from its own part and from those behind it.
+WORKER_PARTS = ["launch_worker", "supervisor", "http", "driver", "engine", "scheduler", "executor", "models", "layers"]
+# Only these may bring torch along. Arguments, messages, scheduler and KV bookkeeping are importable without it, and the
+# processes of HTTP and of the supervisor never load it.
+WITH_TORCH = ["driver", "engine", "executor", "models", "layers", "weights", "comm", "kv.pool"]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [module for module, _ in WORKER if any(part.startswith(TORCHLESS) for part in module.split(".")[1:])],
-)
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize(("module", "path"), WORKER, ids=[module for module, _ in WORKER])
+def test_worker_parts_point_downwards(module: str, path: Path) -> None:
+    if part(module) not in WORKER_PARTS:
+        return
+    own = WORKER_PARTS.index(part(module))
+    for imported in imports(path):
+        if within(imported, "warmroute_worker") and part(imported) in WORKER_PARTS:
+            assert WORKER_PARTS.index(part(imported)) >= own, f"{module} imports {imported} from above"
+
+
+def may_bring_torch(module: str) -> bool:
+    return any(within(module, f"warmroute_worker.{name}") for name in WITH_TORCH)
+
+
+@pytest.mark.parametrize("module", [module for module, _ in WORKER if not may_bring_torch(module)])
 def test_worker_without_torch(module: str) -> None:
-    brought = {name for name in closure(module) if within(name, "torch") or within(name, "transformers")}
+    brought = {name for name in closure(module) if within(name, "torch")}
     assert not brought, f"{module} brings along {sorted(brought)}"

@@ -158,7 +158,7 @@ class FakeDriver:
 
 
 def _answer(prompt: list[int]) -> list[int]:
-    if USER in prompt:
+    if USER in prompt and END in prompt:
         start = len(prompt) - prompt[::-1].index(USER)
         return [*prompt[start : prompt.index(END, start)], END]
     return [*prompt, END]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,8 @@ class RunningApp:
         await self.until(lambda: any(isinstance(message, kind) for message in self.driver.received))
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
-        return await self.client.post(path, json=body)
+        content = json.dumps(body)  # httpx itself cannot send a lone surrogate
+        return await self.client.post(path, content=content, headers={"content-type": "application/json"})
 
 
 @contextlib.asynccontextmanager

@@ -76,6 +76,16 @@ async def test_the_engines_death_ends_what_runs_with_an_error(tmp_path: Path) ->
         assert (await app.client.get("/health")).status_code == 503
 
 
+async def test_a_driver_that_sends_nonsense(tmp_path: Path) -> None:
+    async with running_app(write_folder(tmp_path)) as app:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda *_: None)  # asyncio reports the protocol's exception, too
+        app.driver.sock.sendall(b"\xff" * 10)
+        await app.until(lambda: app.service.engine.phase is Phase.FAILED)
+        assert app.service.engine.failed_with_words
+        assert "does not understand" in str(app.service.engine.failure)
+
+
 async def test_idle_connections_are_kept(tmp_path: Path) -> None:
     async with running_app(write_folder(tmp_path)) as app:
         for _ in range(3):

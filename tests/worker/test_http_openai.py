@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
-from tests.worker.byte_model import ASSISTANT, SYSTEM, USER, chat_ids, write_folder
+from tests.worker.byte_model import ASSISTANT, SYSTEM, USER, byte_fallback_tokenizer, chat_ids, write_folder
 from tests.worker.http_fixtures import RunningApp, running_app, sse_data
 from warmroute_worker import messages
+from warmroute_worker.http.app import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -268,6 +269,24 @@ async def test_bodies_that_are_no_json_objects(app: RunningApp, content: bytes) 
     response = await app.client.post("/v1/completions", content=content)
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("the body")
+
+
+async def test_bodies_that_are_too_large(app: RunningApp) -> None:
+    response = await app.client.post("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "too_large"
+
+
+async def test_a_tokenizer_that_takes_its_time(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    byte_fallback_tokenizer().save(str(folder / "tokenizer.json"))
+    async with running_app(folder) as app:
+        answer = (await app.post("/v1/completions", prompt="ab é", max_tokens=50)).json()
+        assert answer["usage"]["prompt_tokens"] == 5
+        refused = await app.post("/v1/completions", prompt="ab é" * 5000)
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        refused = await app.post("/v1/chat/completions", messages=user("\udfff" * 10_000))
+        assert refused.json()["error"]["param"] == "messages"
 
 
 async def test_a_prompt_may_fill_the_context_but_for_one_token(app: RunningApp) -> None:

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worker.byte_model import END, USER, byte_fallback_tokenizer, byte_tokenizer, chat_ids, write_folder
@@ -22,12 +22,15 @@ RAW = Tokenizer(byte_tokenizer().to_str())
 FALLBACK = Tokenizer(byte_fallback_tokenizer().to_str())
 SLOW = byte_tokenizer()
 
+patient = settings(deadline=None)  # the machine may be busy; pytest has a time-out
+
 
 def in_pieces(tokenizer: Tokenizer, ids: list[int], size: int, prompt: list[int]) -> list[str]:
     detokenizer = tokenizer.detokenizer(prompt)
     return [detokenizer.feed(ids[start : start + size]) for start in range(0, len(ids), size)]
 
 
+@patient
 @given(st.lists(st.integers(0, 400)), st.integers(1, 5))
 def test_any_bytes_decode_as_they_would_at_once(ids: list[int], size: int) -> None:
     whole = bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -38,6 +41,7 @@ def test_any_bytes_decode_as_they_would_at_once(ids: list[int], size: int) -> No
 
 
 @pytest.mark.parametrize("tokenizer", [RAW, FALLBACK])
+@patient
 @given(text=st.text(st.sampled_from("ab é\u2603\U0001f600\u0301\n"), max_size=20), size=st.integers(1, 7))
 def test_text_comes_back_character_by_character(tokenizer: Tokenizer, text: str, size: int) -> None:
     ids = tokenizer.encode(text, add_special_tokens=True)
@@ -52,6 +56,7 @@ def test_a_piece_with_a_leading_space_keeps_it_after_a_prompt() -> None:
     assert "".join(in_pieces(FALLBACK, answer, 1, [])) == "b"
 
 
+@patient
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["<|end|>", "<|user|>", "<|"])))
 def test_the_fast_encoder_does_what_the_tokenizer_does(parts: list[str]) -> None:
     text = "".join(parts)
@@ -108,6 +113,7 @@ def test_chat_templates(tmp_path: Path) -> None:
         attack.render([])
 
 
+@patient
 @given(
     st.lists(st.text(st.sampled_from("ab"), min_size=1, max_size=4), min_size=1, max_size=3),
     st.lists(st.text(st.sampled_from("abc"), max_size=4), max_size=12),

@@ -118,7 +118,11 @@ class EngineClient(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._lost("the engine process is gone")
+        if exc is None or isinstance(exc, OSError):
+            self._lost("the engine process is gone")
+        else:  # ours: asyncio closes the line when `data_received` raises
+            self.failed_with_words = True
+            self._lost(f"the engine sent what the HTTP process does not understand: {exc}")
 
     def _step(self, output: messages.StepOutput, now: float) -> None:
         self.load = output.load

@@ -80,7 +80,9 @@ class Tokenizer:
             if self._raw_bytes is not None:
                 return self._raw_bytes.encode(text, add_special_tokens)
             text.encode()  # a lone surrogate: `tokenizers` would raise TypeError
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # Of its functions only those for batches release the interpreter lock.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
             return ids
         except UnicodeEncodeError as error:
             raise ValueError("the text holds a lone surrogate") from error

@@ -12,8 +12,6 @@ from warmroute_worker.http.errors import invalid
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from warmroute_worker.tokenizer import Tokenizer
-
 JsonObject = dict[str, Any]
 
 _MAX_PROMPTS = 1024
@@ -98,15 +96,15 @@ def text(fields: Mapping[str, Any], name: str, default: str) -> str:
     return value
 
 
-def prompts(value: Any, name: str, tokenizer: Tokenizer, vocab_size: int) -> list[list[int]]:
+def prompts(value: Any, name: str, vocab_size: int) -> list[str | list[int]]:
     """One prompt or a list of them, each as text or as token ids."""
     if isinstance(value, str) or _are_integers(value):
-        return [_prompt(value, name, tokenizer, vocab_size)]
+        return [_prompt(value, name, vocab_size)]
     if not isinstance(value, list) or not value:
         raise invalid(f"`{name}` must be a string, a list of token ids, or a list of these", name)
     if len(value) > _MAX_PROMPTS:
         raise invalid(f"`{name}` must hold at most {_MAX_PROMPTS} prompts", name)
-    return [_prompt(item, f"{name}[{index}]", tokenizer, vocab_size) for index, item in enumerate(value)]
+    return [_prompt(item, f"{name}[{index}]", vocab_size) for index, item in enumerate(value)]
 
 
 def check_rank(fields: Mapping[str, Any]) -> None:
@@ -117,12 +115,9 @@ def check_rank(fields: Mapping[str, Any]) -> None:
             raise invalid(f"{name}={rank} out of range [0, 1)", name)
 
 
-def _prompt(value: Any, name: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+def _prompt(value: Any, name: str, vocab_size: int) -> str | list[int]:
     if isinstance(value, str):
-        try:
-            return tokenizer.encode(value, add_special_tokens=True)
-        except ValueError as error:
-            raise invalid(f"`{name}`: {error}", name) from error
+        return value
     if not _are_integers(value):
         raise invalid(f"`{name}` must be a string or a list of token ids", name)
     if min(value) < 0 or max(value) >= vocab_size:

@@ -60,11 +60,12 @@ async def generate(request: web.Request) -> web.StreamResponse:
     sampling = fields.sampling(
         parameters, limit="max_new_tokens", default_limit=_NEW_TOKENS, seed=seed, prefix="sampling_params."
     )
-    value = body[given[0]]
-    prompts = fields.prompts(value, given[0], service.tokenizer, facts.vocab_size)
+    param, value = given[0], body[given[0]]
+    parsed = fields.prompts(value, param, facts.vocab_size)
     batch = isinstance(value, list) and not isinstance(value[0], int)
     stream = fields.boolean(body, "stream", False)
-    generation = Generation(service, prompts, given[0], sampling, stream=stream)
+    prompts = [await service.token_ids(prompt, param, add_special_tokens=True) for prompt in parsed]
+    generation = Generation(service, prompts, param, sampling, stream=stream)
     if stream:
         return await stream_answer(request, generation, _Chunks(generation, batch))
     with generation:

@@ -65,8 +65,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     fields.check_rank(body)
     limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     sampling = fields.sampling(body, limit=limit, default_limit=None, seed="seed")
-    prompt = _chat_prompt(service, body)
+    text = _chat_text(service, body)
     stream = fields.boolean(body, "stream", False)
+    prompt = await service.token_ids(text, "messages", add_special_tokens=False)  # the template has written them
     generation = Generation(service, [prompt], "messages", sampling, stream=stream)
     return await _answer(request, generation, _CHAT, body, stream)
 
@@ -78,8 +79,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     fields.refuse(body, _COMPLETION_REFUSED)
     fields.check_rank(body)
     sampling = fields.sampling(body, limit="max_tokens", default_limit=_COMPLETION_TOKENS, seed="seed")
-    prompts = fields.prompts(body.get("prompt"), "prompt", service.tokenizer, facts.vocab_size)
+    given = fields.prompts(body.get("prompt"), "prompt", facts.vocab_size)
     stream = fields.boolean(body, "stream", False)
+    prompts = [await service.token_ids(prompt, "prompt", add_special_tokens=True) for prompt in given]
     generation = Generation(service, prompts, "prompt", sampling, stream=stream)
     return await _answer(request, generation, _COMPLETION, body, stream)
 
@@ -160,12 +162,11 @@ class _Chunks:
         return event(json_bytes({**self._common, "choices": [choice]}))
 
 
-def _chat_prompt(service: Service, body: Mapping[str, Any]) -> list[int]:
+def _chat_text(service: Service, body: Mapping[str, Any]) -> str:
     if service.chat_template is None:
         raise invalid("this model has no chat template; use /v1/completions", "messages")
     try:
-        text = service.chat_template.render(_messages(body.get("messages")))
-        return service.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+        return service.chat_template.render(_messages(body.get("messages")))
     except ValueError as error:
         raise invalid(str(error), "messages") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from warmroute_worker.engine_client import EngineClient
     from warmroute_worker.metrics import Metrics
     from warmroute_worker.tokenizer import Tokenizer
+
+
+_ENCODED_INLINE = 8192
+"""Characters. `tokenizers` encodes about 2.6 MB/s, so a shorter text holds the event loop for at most 3 ms."""
 
 
 @dataclass
@@ -49,6 +55,18 @@ class Service:
         if self.draining or self.engine.phase is Phase.CLOSED:
             raise ApiError(ErrorCode.DRAINING, "the worker is shutting down")
         return self.facts()
+
+    async def token_ids(self, prompt: str | list[int], param: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a prompt (field `param`). Long texts are encoded in a thread, so that streams go on meanwhile."""
+        if not isinstance(prompt, str):
+            return prompt
+        encode = functools.partial(self.tokenizer.encode, prompt, add_special_tokens=add_special_tokens)
+        try:
+            if self.tokenizer.is_raw_bytes or len(prompt) < _ENCODED_INLINE:
+                return encode()
+            return await asyncio.to_thread(encode)
+        except ValueError as error:
+            raise ApiError(ErrorCode.INVALID_REQUEST, f"`{param}`: {error}", param) from error
 
     def admit(self, prompts: Sequence[Sequence[int]], param: str) -> messages.Ready:
         """The facts, if these prompts may go to the engine now; else raises ApiError. `param` is the prompts' field."""
