@@ -34,6 +34,18 @@ pub enum Endpoint {
     Generate,
 }
 
+impl Endpoint {
+    /// The endpoint of a path, without a query; None if it is not routed.
+    pub fn from_path(path: &[u8]) -> Option<Self> {
+        match path {
+            b"/v1/chat/completions" => Some(Self::Chat),
+            b"/v1/completions" => Some(Self::Completions),
+            b"/generate" => Some(Self::Generate),
+            _ => None,
+        }
+    }
+}
+
 /// A body that no worker could answer: for the client, an answer of 400.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadRequest {
