@@ -105,7 +105,7 @@ impl PromptReader {
     /// Scan a body once.
     ///
     /// # Errors
-    /// [`BadRequest`] for what is not one JSON object in UTF-8, nests deeper than 254 levels, or lacks or mistypes a field that
+    /// [`BadRequest`] for what is not one JSON object in UTF-8, nests deeper than some 64 levels, or lacks or mistypes a field that
     /// routing reads and every worker would refuse as well. Unknown fields are skipped, whatever they are.
     pub fn read(&self, endpoint: Endpoint, body: &[u8]) -> Result<Prompt, BadRequest> {
         body::read(&self.hash, endpoint, body)

@@ -111,7 +111,8 @@ impl Clocks<'_> {
     pub(super) fn characters(&self, slot: u16) -> u64 {
         let Some(clock) = self.clock(slot) else { return 0 };
         let lived = clock[NOW].wrapping_sub(clock[FLOOR]).min(clock[HORIZON]);
-        lived * clock[UNIT_BYTES] + if lived < clock[HORIZON] { clock[REMAINDER_BYTES] } else { 0 }
+        let rest = if lived < clock[HORIZON] { clock[REMAINDER_BYTES] } else { 0 };
+        lived.saturating_mul(clock[UNIT_BYTES]).saturating_add(rest)
     }
 
     pub(super) fn check_integrity(&self) -> Result<(), String> {
