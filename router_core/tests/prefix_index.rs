@@ -363,7 +363,9 @@ fn a_stamp_never_looks_young_again() {
     with_index(64 << 10, 4, |index, matches| {
         let known = text(1, 3000);
         (0..4).for_each(|slot| index.open_target(slot, 4096));
-        (0..4).for_each(|slot| drop(send(index, matches, slot, &known)));
+        (0..4).for_each(|slot| {
+            let _ = send(index, matches, slot, &known);
+        });
         for round in 0..2000u64 {
             index.advance(0, 1700); // in steps that do not divide the wrap
             index.advance(1, 40_000); // in steps longer than the capacity
