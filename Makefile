@@ -1,6 +1,6 @@
 # The manual. `make demo` and `make test` do all the set-up themselves; a second run re-uses what is there.
-#   TORCH="torch==2.9.*"   another torch requirement (anything pip understands)
 #   PYTHON=python3.12      another interpreter to make .venv with
+#   TORCH='torch==2.9.*'   another torch requirement: anything that `pip install` takes
 PYTHON ?= python3
 TORCH ?= torch
 PY := .venv/bin/python
@@ -11,7 +11,7 @@ export PYTHON TORCH
 help:           ## what can be done here
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-setup:          ## .venv with both distributions, the Rust parts in release mode
+setup:          ## .venv with both distributions, the Rust core in release mode
 	@sh scripts/setup.sh run
 
 setup-dev:      ## setup, and what the tests and linters need
@@ -34,20 +34,20 @@ test-all: setup-dev ## test, and the slow drills
 lint: setup-dev type ## formatting, lints, types; warnings are errors
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
 
 type: setup-dev ## mypy, and the extension's stub against the extension
-	.venv/bin/mypy python workers tests bench
-	cd python && ../.venv/bin/python -m mypy.stubtest warmroute._core
+	$(PY) -m mypy python workers tests bench scripts
+	MYPYPATH=python $(PY) -m mypy.stubtest --mypy-config-file pyproject.toml warmroute._core
 
-format:         ## put everything in form
+format: setup-dev ## put everything in form
 	cargo fmt --all
-	.venv/bin/ruff format .
-	.venv/bin/ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
 
 bench: setup-dev ## the router against its peers (bench/README.md)
 	$(PY) -m bench.bench_router
 
-clean:          ## remove what builds made
+clean:          ## remove what builds and runs made
 	rm -rf .venv target .run

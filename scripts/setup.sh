@@ -10,51 +10,71 @@ stamps=.venv/stamps
 
 die() { echo "setup: $*" >&2; exit 1; }
 say() { echo "setup: $*"; }
+have() { command -v "$1" >/dev/null 2>&1; }
 
-command -v "$PYTHON" >/dev/null 2>&1 || die "no '$PYTHON' found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3 ..."
+# -- tools: each missing one is named in one line, with what to do
+
+have "$PYTHON" || die "no '$PYTHON' found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3 ..."
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "$("$PYTHON" --version) is too old; warmroute needs Python 3.11 or newer: make PYTHON=python3.12 ..."
-"$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || die "this Python has no venv module; install it (Debian, Ubuntu: apt install python3-venv)"
-command -v cargo >/dev/null 2>&1 || die "no cargo found; install a stable Rust toolchain (https://rustup.rs)"
-command -v cc >/dev/null 2>&1 || die "no C linker found; install one (Debian, Ubuntu: apt install gcc)"
+"$PYTHON" -c 'import venv, ensurepip' 2>/dev/null ||
+    die "$PYTHON has no venv module; install it (Debian, Ubuntu: apt install python3-venv)"
+have cargo || die "no cargo found; install a stable Rust toolchain (https://rustup.rs)"
+have cc || die "no C linker 'cc' found; install one (Debian, Ubuntu: apt install gcc)"
+rust_wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+rust_found=$(cargo --version | cut -d' ' -f2)
+[ "$(printf '%s\n%s\n' "$rust_wanted" "$rust_found" | sort -V | head -n 1)" = "$rust_wanted" ] ||
+    die "Rust $rust_found is too old; warmroute needs $rust_wanted or newer: rustup update stable"
+if [ "$want" = dev ]; then
+    cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 ||
+        die "no rustfmt or clippy found; install them: rustup component add rustfmt clippy"
+fi
 
-[ -x .venv/bin/python ] || { say "creating .venv with $("$PYTHON" --version)"; "$PYTHON" -m venv .venv; }
+# -- the environment
+
+if ! .venv/bin/python -c '' 2>/dev/null; then
+    say "creating .venv with $("$PYTHON" --version)"
+    "$PYTHON" -m venv --clear .venv
+fi
 mkdir -p "$stamps"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-pip() { .venv/bin/python -m pip "$@"; }
+pip() { .venv/bin/python -m pip "$@" || die "pip failed (see above); 'make' again goes on from here"; }
 
 # A stamp holds a digest of what the step depends on; the step runs again when that changes.
 fresh() { [ -f "$stamps/$1" ] && [ "$(cat "$stamps/$1")" = "$2" ]; }
 digest() { cat "$@" | cksum | tr ' ' -; }
 
-key="$TORCH"
-if ! fresh torch "$key"; then
+if ! fresh torch "$TORCH"; then
     if [ "$TORCH" = torch ] && .venv/bin/python -c 'import torch' 2>/dev/null; then
         say "torch is there already"
     else
-        say "downloading torch: up to 3 GB with its CUDA libraries (another build: make TORCH='torch==...' ...)"
+        say "downloading torch: about 3 GB with the CUDA libraries it brings, 6 GB on disk"
+        say "(without CUDA 200 MB: make TORCH='torch --index-url https://download.pytorch.org/whl/cpu' ...)"
         # shellcheck disable=SC2086  # TORCH may hold several words
-        pip install --progress-bar on $TORCH
+        pip install $TORCH
     fi
-    echo "$key" >"$stamps/torch"
+    echo "$TORCH" >"$stamps/torch"
 fi
 
 extras=demo
 [ "$want" = dev ] && extras=dev
 key=$(digest pyproject.toml workers/pyproject.toml Cargo.toml)
-if ! fresh "packages-$extras" "$key"; then
+if ! fresh packages-dev "$key" && ! fresh "packages-$extras" "$key"; then
     say "installing Python packages ($extras)"
-    pip install -q "maturin>=1.9.4,<2" hatchling
-    pip install -q --no-build-isolation -e ./workers
+    pip install -q "maturin>=1.9.4,<2"
+    pip install -q -e ./workers
     .venv/bin/python scripts/requirements.py "$extras" >.venv/requirements.txt
     pip install -q -r .venv/requirements.txt
     echo "$key" >"$stamps/packages-$extras"
     rm -f "$stamps/core"
 fi
 
-key=$(find router_core Cargo.toml Cargo.lock pyproject.toml \( -name '*.rs' -o -name '*.toml' -o -name Cargo.lock \) -type f -not -path '*/target/*' | sort | xargs cksum | cksum | tr ' ' -)
+sources=$(find router_core Cargo.toml Cargo.lock pyproject.toml -type f \
+    \( -name '*.rs' -o -name '*.toml' -o -name Cargo.lock \) -not -path '*/target/*' | sort)
+# shellcheck disable=SC2086  # one word per file: no path here holds a space
+key=$(digest $sources)
 if ! fresh core "$key" || [ -z "$(find python/warmroute -name '_core*.so' 2>/dev/null)" ]; then
-    say "building the Rust core (release)"
-    VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --quiet
+    say "building the Rust core (release; about a minute on 2 cores)"
+    PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --quiet || die "building the Rust core failed (see above)"
     echo "$key" >"$stamps/core"
 fi

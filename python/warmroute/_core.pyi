@@ -7,28 +7,6 @@ a *slot* (0..4095). The slots of one worker are contiguous; the first is its *he
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-__all__ = [
-    "BadHead",
-    "BadRequest",
-    "BodyReader",
-    "ChunkDecoder",
-    "Core",
-    "Endpoint",
-    "HeadParser",
-    "Lease",
-    "OutcomeKind",
-    "RegionBusy",
-    "RequestHead",
-    "RequestSeries",
-    "ResponseHead",
-    "Route",
-    "RoutedRequest",
-    "TargetInfo",
-    "Transition",
-    "UnknownModel",
-    "policy_names",
-]
-
 class BadRequest(ValueError):  # noqa: N818
     """The client's body cannot be routed: an answer of 400. `args == (message, param_or_None)`."""
 

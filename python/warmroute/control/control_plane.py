@@ -1,0 +1,132 @@
+"""Puts the parts of the control plane together and runs them: registration, probing, the control app, metrics."""
+
+import asyncio
+import logging
+import random
+import socket
+from time import monotonic_ns, time_ns
+from typing import Final
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from warmroute._core import Core
+from warmroute.command_line import Settings
+from warmroute.control.answers import ControlRequests
+from warmroute.control.api import control_app, metrics_app
+from warmroute.control.fleet_api import FleetApi
+from warmroute.control.metrics import RouterCollector
+from warmroute.control.probe_schedule import ProbeIntervals, ProbeSchedule
+from warmroute.control.prober import Prober
+from warmroute.control.worker_api import WorkerApi
+from warmroute.control.worker_client import WorkerClient
+from warmroute.control.worker_spec import WorkerSpec
+from warmroute.control.workers import Registry
+from warmroute.directory import Directory, parse_worker_url
+
+log = logging.getLogger(__name__)
+
+# How often the core is asked which workers to probe, and drained workers are looked at.
+TICK_SECONDS: Final = 0.1
+# A bucket of the index is a cache line.
+_BUCKET_BYTES: Final = 64
+# The sockets to the control app are inside this process: an idle one costs nothing, so the data plane closes it first.
+_UPSTREAM_KEEP_ALIVE_SECONDS: Final = 3600.0
+# The data plane has drained by then, or was told not to.
+_SHUTDOWN_SECONDS: Final = 1.0
+
+
+class ControlPlane:
+    """`start` before anything else, `close` at the end; `control_upstream` in between."""
+
+    def __init__(self, settings: Settings, core: Core, directory: Directory) -> None:
+        config = settings.config
+        self._config = config
+        self._core = core
+        self._wake = asyncio.Event()
+        self._loop_task: asyncio.Task[None] | None = None
+        self._swept_ns = monotonic_ns()
+        self._client = WorkerClient(config.health_check_timeout_secs)
+        intervals = ProbeIntervals.of(config.health_check_interval_secs, config.worker_startup_check_interval)
+        schedule = ProbeSchedule(intervals, random.Random(config.seed))
+        self.registry = Registry(core, directory, drain_ns=int(config.shutdown_grace_period_secs * 1e9))
+        self._prober = Prober(config, core, self.registry, self._client, schedule, monotonic_ns, self._wake.set)
+        counts = ControlRequests()
+        self.metrics = CollectorRegistry(auto_describe=False)
+        self.metrics.register(
+            RouterCollector(
+                core, self.registry, self._prober, counts, config.policy, config.prometheus_duration_buckets
+            )
+        )
+        ProcessCollector(registry=self.metrics)
+        worker_api = WorkerApi(self.registry, self._prober, monotonic_ns)
+        fleet_api = FleetApi(self.registry, self._client, monotonic_ns)
+        app = control_app(settings, core, counts, self.metrics, worker_api, fleet_api)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            keepalive_timeout=_UPSTREAM_KEEP_ALIVE_SECONDS,
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+        self._metrics_runner = web.AppRunner(
+            metrics_app(self.metrics), access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS
+        )
+
+    async def start(self) -> None:
+        """Begin to probe the start-up workers and to answer. Raises OSError when the metrics port cannot be had."""
+        await self._runner.setup()
+        await self._metrics_runner.setup()
+        site = web.TCPSite(self._metrics_runner, self._config.prometheus_host, self._config.prometheus_port)
+        await site.start()
+        for url in self._config.worker_urls:
+            spec = WorkerSpec(url=parse_worker_url(url), api_key=self._config.api_key)
+            self._prober.watch(self.registry.add(spec, monotonic_ns(), time_ns() // 1_000_000))
+        self._loop_task = asyncio.create_task(self._run())
+
+    async def control_upstream(self) -> socket.socket:
+        """A socket whose other end is the control app."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        assert self._runner.server is not None, "start() comes first"
+        await asyncio.get_running_loop().connect_accepted_socket(self._runner.server, theirs)
+        return ours
+
+    async def close(self) -> None:
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.gather(self._loop_task, return_exceptions=True)
+        await self._prober.close()
+        await self._metrics_runner.cleanup()
+        await self._runner.cleanup()
+        await self._client.close()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                self._tick()
+            except Exception:  # whatever it was, workers must go on being probed
+                log.exception("a tick of the control plane failed")
+            due_ns = self._prober.next_due_ns()
+            until_due = TICK_SECONDS if due_ns is None else (due_ns - monotonic_ns()) / 1e9
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(max(0.001, min(TICK_SECONDS, until_due))):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    def _tick(self) -> None:
+        now_ns = monotonic_ns()
+        for worker in self.registry.settle(now_ns):
+            self._prober.forget(worker)
+        self._prober.start_due()
+        self._sweep_index(now_ns)
+
+    def _sweep_index(self, now_ns: int) -> None:
+        """The whole index once per `eviction_interval_secs`, in slices of well under a millisecond."""
+        elapsed = (now_ns - self._swept_ns) / 1e9
+        if elapsed >= TICK_SECONDS:
+            self._swept_ns = now_ns
+            share = min(1.0, elapsed / self._config.eviction_interval_secs)
+            self._core.evict(now_ns, int(self._config.index_memory / _BUCKET_BYTES * share) + 1)

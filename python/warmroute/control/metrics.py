@@ -1,0 +1,169 @@
+"""Metrics: read from the core and the registry at scrape, so that nothing can be out of date.
+
+Names and labels are sglang-router's where it has the metric, `warmroute_` where it has none. A worker's series exist
+from registration on and disappear with it; label values are its URL, models that workers serve, and fixed words.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from warmroute._core import Core, Endpoint, RequestSeries
+from warmroute.control.answers import ControlRequests
+from warmroute.control.prober import Prober
+from warmroute.control.worker_metrics import worker_metrics
+from warmroute.control.workers import Registry
+
+_ENDPOINTS = {Endpoint.CHAT: "chat", Endpoint.COMPLETIONS: "completions", Endpoint.GENERATE: "generate"}
+_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "generate": "/generate"}
+
+# Whom an operator asks about it.
+_ERROR_TYPES = {
+    400: "invalid_request",
+    404: "model_not_found",
+    408: "request_timeout",
+    413: "payload_too_large",
+    429: "rate_limited",
+    499: "client_disconnected",
+    500: "internal_error",
+    502: "upstream_error",
+    503: "no_available_workers",
+    504: "upstream_timeout",
+}
+
+_ROUTER = ("router_type", "backend_type", "connection_mode")
+_ROUTER_VALUES = ("http", "regular", "http")
+
+
+class RouterCollector(Collector):
+    """Everything the router exports but the process's own numbers."""
+
+    def __init__(
+        self,
+        core: Core,
+        registry: Registry,
+        prober: Prober,
+        control: ControlRequests,
+        policy: str,
+        duration_buckets: Sequence[float],
+    ) -> None:
+        self._core = core
+        self._registry = registry
+        self._prober = prober
+        self._control = control
+        self._policy = policy
+        self._bounds = [*map(_bound, duration_buckets), "+Inf"]
+
+    def collect(self) -> Iterator[Metric]:
+        series = self._core.series()
+        yield from self._requests(series)
+        yield from self._http(series)
+        yield self._durations(
+            "smg_router_request_duration_seconds",
+            "From the request's arrival to the end of its response",
+            _ROUTER,
+            _ROUTER_VALUES,
+            [(_key(s), s.duration_buckets, s.duration_sum_ns) for s in series],
+        )
+        yield self._durations(
+            "smg_router_ttft_seconds",
+            "From the request's arrival to the first byte of its response (with streaming: the first token)",
+            _ROUTER[:2],
+            _ROUTER_VALUES[:2],
+            [(_key(s), s.first_byte_buckets, s.first_byte_sum_ns) for s in series],
+        )
+        checks = CounterMetricFamily(
+            "smg_worker_health_checks", "Probes of workers by result", labels=("worker_type", "result")
+        )
+        checks.add_metric(("regular", "success"), self._prober.checks[True])
+        checks.add_metric(("regular", "failure"), self._prober.checks[False])
+        yield checks
+        yield from worker_metrics(self._registry, self._policy)
+
+    def _requests(self, series: Iterable[RequestSeries]) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "smg_router_requests",
+            "Requests accepted for routing",
+            labels=(*_ROUTER, "model", "endpoint", "streaming"),
+        )
+        errors = CounterMetricFamily(
+            "smg_router_request_errors",
+            "Requests that were not answered 2xx or 3xx",
+            labels=(*_ROUTER, "model", "endpoint", "error_type"),
+        )
+        attempts = CounterMetricFamily(
+            "warmroute_attempts", "Attempts at workers", labels=("model", "endpoint", "streaming")
+        )
+        retries = CounterMetricFamily(
+            "smg_worker_retries", "Attempts beyond the first of a request", labels=("worker_type", "endpoint")
+        )
+        failed: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        retried: defaultdict[str, int] = defaultdict(int)
+        for one in series:
+            model, endpoint = _key(one)
+            streaming = "true" if one.streaming else "false"
+            requests.add_metric((*_ROUTER_VALUES, model, endpoint, streaming), one.accepted)
+            attempts.add_metric((model, endpoint, streaming), one.attempts)
+            retried[endpoint] += one.retries
+            for status, count in one.answered.items():
+                if status >= 400:
+                    failed[model, endpoint, _error_type(status)] += count
+        for key, count in failed.items():
+            errors.add_metric((*_ROUTER_VALUES, *key), count)
+        for endpoint, count in retried.items():
+            retries.add_metric(("regular", endpoint), count)
+        yield from (requests, errors, attempts, retries)
+
+    def _http(self, series: Iterable[RequestSeries]) -> Iterator[Metric]:
+        """Routed requests as the core counted them, the others as the control app did."""
+        asked: defaultdict[tuple[str, str], int] = defaultdict(int, self._control.requests)
+        answered: defaultdict[tuple[int, str], int] = defaultdict(int, self._control.responses)
+        for one in series:
+            path = _PATHS[_ENDPOINTS[one.endpoint]]
+            asked["POST", path] += one.accepted
+            for status, count in one.answered.items():
+                answered[status, path] += count
+        requests = CounterMetricFamily("smg_http_requests", "Requests by path", labels=("method", "path"))
+        for (method, path), count in asked.items():
+            requests.add_metric((method, path), count)
+        responses = CounterMetricFamily("smg_http_responses", "Answers by status", labels=("status_code", "path"))
+        for (status, path), count in answered.items():
+            responses.add_metric((str(status), path), count)
+        yield from (requests, responses)
+
+    def _durations(
+        self,
+        name: str,
+        text: str,
+        labels: tuple[str, ...],
+        values: tuple[str, ...],
+        parts: Iterable[tuple[tuple[str, str], Sequence[int], int]],
+    ) -> Metric:
+        """A histogram by model and endpoint; `parts`: key, counts per bucket, sum in ns."""
+        counts: dict[tuple[str, str], list[int]] = {}
+        sums: defaultdict[tuple[str, str], int] = defaultdict(int)
+        for key, buckets, sum_ns in parts:
+            known = counts.get(key)
+            counts[key] = list(buckets) if known is None else [a + b for a, b in zip(known, buckets, strict=True)]
+            sums[key] += sum_ns
+        family = HistogramMetricFamily(name, text, labels=(*labels, "model", "endpoint"))
+        for key, buckets in counts.items():
+            cumulative = list(zip(self._bounds, map(float, accumulate(buckets)), strict=True))
+            family.add_metric((*values, *key), cumulative, sums[key] / 1e9)
+        return family
+
+
+def _key(one: RequestSeries) -> tuple[str, str]:
+    return one.model, _ENDPOINTS[one.endpoint]
+
+
+def _error_type(status: int) -> str:
+    return _ERROR_TYPES.get(status) or ("client_error" if status < 500 else "server_error")
+
+
+def _bound(seconds: float) -> str:
+    return f"{seconds:g}" if seconds != int(seconds) else f"{seconds:.1f}"

@@ -1,0 +1,192 @@
+"""The registry: which workers there are, what they serve, which slots they hold.
+
+Owns `Worker`, and is the only writer of the directory and the only caller of the core's worker verbs. Load, health and
+breaker are the core's: nothing here copies them. A worker has no slots until it has told what it serves; from then on
+its health is the core's health machine, fed by the prober.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from warmroute._core import Core, TargetInfo
+from warmroute.control.worker_facts import WorkerFacts
+from warmroute.control.worker_id import new_worker_id
+from warmroute.control.worker_spec import WorkerSpec
+from warmroute.directory import Directory, WorkerAddress
+
+log = logging.getLogger(__name__)
+
+Status = Literal["pending", "ready", "not_ready", "failed", "draining"]
+
+
+class AlreadyRegistered(Exception):  # noqa: N818
+    """The URL belongs to `worker`, which is not leaving."""
+
+    def __init__(self, worker: "Worker") -> None:
+        super().__init__(worker.spec.url)
+        self.worker = worker
+
+
+@dataclass(slots=True)
+class Worker:
+    """One registration, from POST to gone. Only the registry and the prober write here."""
+
+    worker_id: str
+    spec: WorkerSpec
+    address: WorkerAddress
+    registered_ns: int
+    registered_unix_ms: int
+    facts: WorkerFacts | None = None
+    slots: tuple[int, ...] = ()
+    """The ranks in order; the first is the head."""
+    lost: bool = False
+    """It refused a connection since it was last asked what it serves: what answers next may be another process."""
+    failure: str | None = None
+    """Why the last probe failed; None: it did not."""
+    overdue: bool = False
+    """It has not answered for `worker_startup_timeout_secs`. It is still asked."""
+    drain_deadline_ns: int | None = None
+
+    @property
+    def head(self) -> int:
+        """Only of a worker with slots."""
+        return self.slots[0]
+
+    @property
+    def is_draining(self) -> bool:
+        return self.drain_deadline_ns is not None
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.spec.url} [{self.worker_id}, slots {list(self.slots)}]>"
+
+
+class Registry:
+    def __init__(self, core: Core, directory: Directory, drain_ns: int) -> None:
+        """`drain_ns`: how long a worker that was told to go may finish its requests."""
+        self._core = core
+        self._directory = directory
+        self._drain_ns = drain_ns
+        self._workers: dict[str, Worker] = {}
+        self.retired_selections: dict[str, int] = {}
+        """Model -> selections of workers that are gone, so that sums over the fleet never fall."""
+
+    # -- who is there
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(list(self._workers.values()))
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def worker(self, worker_id: str) -> Worker | None:
+        return self._workers.get(worker_id)
+
+    def of_head(self, head: int) -> Worker | None:
+        return next((worker for worker in self._workers.values() if worker.slots and worker.head == head), None)
+
+    def targets(self, worker: Worker) -> list[TargetInfo]:
+        """Its ranks as they stand now; empty before it has told what it serves."""
+        return [self._core.target(slot) for slot in worker.slots]
+
+    def load(self, worker: Worker) -> int:
+        """Requests in flight, over all ranks."""
+        return sum(self._core.load(slot) for slot in worker.slots)
+
+    def health(self, worker: Worker) -> str:
+        """pending, ready or unhealthy."""
+        return self._core.target(worker.head).health if worker.slots else "pending"
+
+    def is_available(self, worker: Worker) -> bool:
+        return any(target.available for target in self.targets(worker))
+
+    def status(self, worker: Worker) -> Status:
+        """In the words of sglang-router's worker API. `failed` is no end: such a worker is still probed."""
+        if worker.is_draining:
+            return "draining"
+        health = self.health(worker)
+        if health == "ready":
+            return "ready"
+        if health == "unhealthy":
+            return "not_ready"
+        return "failed" if worker.overdue else "pending"
+
+    # -- what happens to them
+
+    def add(self, spec: WorkerSpec, now_ns: int, unix_ms: int) -> Worker:
+        """Raises AlreadyRegistered; a worker that is draining does not keep its URL from coming back."""
+        for known in self._workers.values():
+            if known.spec.url == spec.url and not known.is_draining:
+                raise AlreadyRegistered(known)
+        worker_id = new_worker_id(unix_ms, os.urandom(10))
+        address = WorkerAddress.of(worker_id, spec.url, spec.api_key)
+        worker = Worker(worker_id, spec, address, registered_ns=now_ns, registered_unix_ms=unix_ms)
+        self._workers[worker_id] = worker
+        log.info("worker %s: registered as %s", spec.url, worker_id)
+        return worker
+
+    def identified(self, worker: Worker, facts: WorkerFacts, now_ns: int) -> None:
+        """It told what it serves: for the first time, or again after it was lost.
+
+        Raises MemoryError when the core has no room for its ranks.
+        """
+        if worker.worker_id not in self._workers or worker.is_draining:
+            return
+        if worker.slots and len(worker.slots) != facts.dp_size:
+            log.warning("worker %s: has %d dp ranks now, had %d", worker.spec.url, facts.dp_size, len(worker.slots))
+            self._free(worker)
+        if not worker.slots:
+            worker.slots = tuple(self._core.add_worker(facts.models, facts.dp_size, facts.kv_capacity_tokens, now_ns))
+        else:
+            if facts != worker.facts:
+                self._core.update_worker(worker.head, facts.models, facts.kv_capacity_tokens, now_ns)
+            if worker.lost:
+                self.forget_cache(worker, now_ns)
+        self._directory.put(worker.slots, worker.address, facts.models)
+        if facts != worker.facts:
+            log.info("worker %s: serves %s (%r)", worker.spec.url, facts.models[0], facts)
+        worker.facts = facts
+        worker.lost = False
+
+    def forget_cache(self, worker: Worker, now_ns: int) -> None:
+        """It restarted or was flushed."""
+        if worker.slots:
+            self._core.restart_worker(worker.head, now_ns)
+
+    def drain(self, worker: Worker, now_ns: int) -> None:
+        """No new requests; `settle` removes it when it is idle or out of time. A second call changes nothing."""
+        if worker.is_draining:
+            return
+        worker.drain_deadline_ns = now_ns + self._drain_ns
+        if worker.slots:
+            self._core.drain_worker(worker.head)
+        log.info("worker %s: draining, %d requests in flight", worker.spec.url, self.load(worker))
+
+    def settle(self, now_ns: int) -> list[Worker]:
+        """Remove the draining workers that are idle or out of time; which ones."""
+        gone = []
+        for worker in self:
+            if worker.drain_deadline_ns is None:
+                continue
+            load = self.load(worker)
+            if load and now_ns < worker.drain_deadline_ns:
+                continue
+            # What still runs then goes on: a removed worker's leases release without effect.
+            log.info("worker %s: removed%s", worker.spec.url, f", {load} requests go on" if load else "")
+            self._free(worker)
+            del self._workers[worker.worker_id]
+            gone.append(worker)
+        return gone
+
+    def _free(self, worker: Worker) -> None:
+        if not worker.slots:
+            return
+        assert worker.facts is not None  # slots are claimed with facts
+        model = worker.facts.models[0]
+        selections = sum(target.selections for target in self.targets(worker))
+        self.retired_selections[model] = self.retired_selections.get(model, 0) + selections
+        self._directory.remove(worker.slots)
+        self._core.remove_worker(worker.head)
+        worker.slots = ()

@@ -1,0 +1,282 @@
+"""One client connection for its whole life: finds requests in the bytes, answers them in order, one at a time.
+
+Owns what is read but not yet handled. Bytes of later requests wait in the buffer while an exchange is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic_ns
+from typing import TYPE_CHECKING
+
+from warmroute._core import BadHead, ChunkDecoder, Route
+from warmroute.dataplane.exchange import ControlExchange
+from warmroute.dataplane.routed_exchange import RoutedExchange
+from warmroute.errors import ErrorCode, http_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from warmroute._core import RequestHead
+    from warmroute.dataplane.exchange import Exchange
+    from warmroute.dataplane.plane import DataPlane
+
+# A client that pipelines may be this far ahead of the answers before it is made to wait.
+MAX_AHEAD_BYTES = 256 * 1024
+# After an answer to a request that was not read whole: how long its sender may go on before the connection is cut, so
+# that the answer is not lost to a reset (RFC 9112, section 9.6).
+LINGER_SECONDS = 2.0
+
+_REASONS = {
+    200: b"OK",
+    400: b"Bad Request",
+    401: b"Unauthorized",
+    404: b"Not Found",
+    408: b"Request Timeout",
+    413: b"Content Too Large",
+    429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
+}
+
+
+class ClientConnection(asyncio.Protocol):
+    __slots__ = (
+        "_advancing",
+        "_body_missing",
+        "_body_parts",
+        "_buffer",
+        "_decoder",
+        "_discarding",
+        "_exchange",
+        "_head",
+        "_paused_reading",
+        "_plane",
+        "_transport",
+        "keep_alive",
+        "may_keep_alive",
+        "write",
+    )
+
+    _transport: asyncio.Transport
+    write: Callable[[bytes], None]
+
+    def __init__(self, plane: DataPlane) -> None:
+        self._plane = plane
+        self._advancing = False
+        self._buffer = b""
+        self._exchange: Exchange | None = None
+        self._head: RequestHead | None = None  # of a request whose body is not complete
+        self._body_parts: list[bytes] = []
+        self._body_missing = 0
+        self._decoder: ChunkDecoder | None = None
+        self._discarding = False
+        self._paused_reading = False
+        self.may_keep_alive = True
+        self.keep_alive = True
+
+    def __repr__(self) -> str:
+        phase = "discarding" if self._discarding else "idle"
+        if self._exchange is not None:
+            phase = "answering"
+        elif self._head is not None or self._buffer:
+            phase = "reading"
+        return f"<ClientConnection [{phase}]>"
+
+    @property
+    def is_idle(self) -> bool:
+        return self._exchange is None and self._head is None and not self._buffer
+
+    # -- from the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self.write = self._transport.write
+        self._plane.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._discarding:
+            return
+        if self._head is not None and self._exchange is None:
+            self._body_received(data)
+            return
+        self._buffer = self._buffer + data if self._buffer else data
+        if self._exchange is None:
+            self._advance()
+        elif len(self._buffer) > MAX_AHEAD_BYTES and not self._paused_reading:
+            self._paused_reading = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        return False  # a client that ends its side is gone: there is no half-closed state in this protocol
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._plane.connections.discard(self)
+        exchange = self._exchange
+        if exchange is not None:
+            self._exchange = None
+            exchange.cancel()
+        self._buffer = b""
+        self._body_parts.clear()
+        self._discarding = True
+
+    def pause_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.pause()
+
+    def resume_writing(self) -> None:
+        if self._exchange is not None:
+            self._exchange.resume()
+
+    # -- from the exchange
+
+    def exchange_ended(self) -> None:
+        """The response is written whole."""
+        self._exchange = None
+        if not self.keep_alive or self._plane.is_draining:
+            self._transport.close()
+            return
+        if self._paused_reading:
+            self._paused_reading = False
+            self._transport.resume_reading()
+        if self._buffer and not self._advancing:
+            self._advance()
+
+    def answer_error(self, code: ErrorCode, message: str, request_id: bytes, param: str | None = None) -> None:
+        """End the current request with an error of our own."""
+        self._respond(*http_error(code, message, param), request_id)
+        self.exchange_ended()
+
+    def close(self) -> None:
+        """After what is written has been sent."""
+        self._exchange = None
+        self._transport.close()
+
+    def abort(self) -> None:
+        """What has begun cannot be completed: a clean end would be a lie."""
+        self._exchange = None
+        self._transport.abort()
+
+    # -- requests
+
+    def _advance(self) -> None:
+        """Handle what is in the buffer until an exchange is under way or more bytes are needed."""
+        self._advancing = True  # an exchange that ends at once must not enter here again: pipelined requests would nest
+        try:
+            self._advance_while_possible()
+        finally:
+            self._advancing = False
+
+    def _advance_while_possible(self) -> None:
+        while self._buffer and self._exchange is None and not self._discarding:
+            buffer = self._buffer
+            try:
+                head = self._plane.parser.request(buffer)
+            except BadHead as error:
+                self._refuse(*error.args)
+                return
+            if head is None:
+                return
+            self.may_keep_alive = self.keep_alive = head.keep_alive and not self._plane.is_draining
+            size = head.size
+            if head.chunked:
+                self._decoder = ChunkDecoder(self._plane.max_body_bytes)
+            else:
+                length = head.content_length
+                if length > self._plane.max_body_bytes:
+                    self._refuse(413, f"The body is larger than {self._plane.max_body_bytes} bytes")
+                    return
+                if length <= 0:
+                    self._buffer = buffer[size:]
+                    self._dispatch(head, b"")
+                    continue
+                end = size + length
+                if len(buffer) >= end:
+                    body = buffer[size:end]
+                    self._buffer = buffer[end:]
+                    self._dispatch(head, body)
+                    continue
+                self._body_missing = length
+            self._head = head
+            self._buffer = b""
+            if head.expect_continue and len(buffer) == size:
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._body_received(buffer[size:])
+
+    def _body_received(self, data: bytes) -> None:
+        """More of the body of the request whose head is `_head`."""
+        head = self._head
+        assert head is not None
+        if self._decoder is not None:
+            try:
+                decoded, end = self._decoder.feed(data)
+            except BadHead as error:
+                self._refuse(*error.args)
+                return
+            self._body_parts.append(decoded)
+            if end < 0:
+                return
+            self._decoder = None
+        else:
+            end = min(self._body_missing, len(data))
+            self._body_parts.append(data if end == len(data) else data[:end])
+            self._body_missing -= end
+            if self._body_missing:
+                return
+        body = b"".join(self._body_parts)
+        self._body_parts.clear()
+        self._head = None
+        self._buffer = data[end:]
+        self._dispatch(head, body)
+        if self._buffer and self._exchange is None:
+            self._advance()
+
+    def _dispatch(self, head: RequestHead, body: bytes) -> None:
+        plane = self._plane
+        if plane.api_key is not None and not plane.may_enter(head):
+            request_id = head.request_id or plane.new_request_id()
+            self.answer_error(
+                ErrorCode.UNAUTHORIZED, "A valid API key is needed: authorization: Bearer ...", request_id
+            )
+            return
+        now_ns = monotonic_ns()
+        if head.is_routed:
+            routed = RoutedExchange(plane, self, head, body, now_ns)
+            self._exchange = routed
+            routed.start(now_ns)
+        elif head.route == Route.CONTROL:
+            control = ControlExchange(plane, self, head, body, now_ns)
+            self._exchange = control
+            control.start()
+        else:
+            status, content = plane.probe(head.route)
+            self._respond(status, (("content-type", "application/json"),), content, b"")
+            self.exchange_ended()
+
+    def _respond(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes, request_id: bytes) -> None:
+        lines = [b"HTTP/1.1 %d %b\r\ncontent-length: %d\r\n" % (status, _REASONS.get(status, b"Error"), len(body))]
+        lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in headers]
+        if request_id:
+            lines.append(b"x-request-id: %b\r\n" % request_id)
+        if not self.keep_alive or self._plane.is_draining:
+            self.keep_alive = False
+            lines.append(b"connection: close\r\n")
+        lines.append(b"\r\n")
+        lines.append(body)
+        self.write(b"".join(lines))
+
+    def _refuse(self, status: int, message: str) -> None:
+        """A request that cannot be read on: answer, let the sender finish for a moment, close."""
+        self.keep_alive = False
+        self._discarding = True
+        self._head = None
+        self._decoder = None
+        self._buffer = b""
+        self._body_parts.clear()
+        self._respond(*http_error(ErrorCode.of_status(status), message), self._plane.new_request_id())
+        self._transport.write_eof()
+        self._plane.loop.call_later(LINGER_SECONDS, self._transport.close)

@@ -1,0 +1,223 @@
+"""One client request and what becomes of it: the part that is the same for every upstream.
+
+An exchange ties a client connection to one upstream connection at a time. It is over exactly once, by one of: the
+response was relayed whole, an error was answered, the response broke off, the client went away. Nothing here awaits, so
+that cancellation cannot cut a clean-up in half.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from warmroute._core import BadHead, ChunkDecoder
+from warmroute.errors import ErrorCode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from warmroute._core import RequestHead, ResponseHead
+    from warmroute.dataplane.client_connection import ClientConnection
+    from warmroute.dataplane.plane import DataPlane
+    from warmroute.dataplane.pool import Pool
+    from warmroute.dataplane.worker_connection import WorkerConnection
+
+
+class Exchange:
+    """Base of `RoutedExchange` (to a worker) and `ControlExchange` (to the control app)."""
+
+    __slots__ = (
+        "_body",
+        "_client",
+        "_connection",
+        "_decoder",
+        "_head",
+        "_may_resend",
+        "_plane",
+        "_pool",
+        "deadline_ns",
+        "first_byte_ns",
+        "is_over",
+        "request_id",
+        "response",
+    )
+
+    is_head_request = False
+    _pool: Pool
+
+    def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
+        self._plane = plane
+        self._client = client
+        self._head = head
+        self._body = body
+        self._connection: WorkerConnection | None = None
+        self._decoder: ChunkDecoder | None = None
+        self._may_resend = True
+        self.deadline_ns = now_ns + plane.request_timeout_ns
+        self.first_byte_ns = -1
+        self.is_over = False
+        self.request_id = head.request_id or plane.new_request_id()
+        self.response: ResponseHead | None = None
+
+    # -- what an upstream connection tells
+
+    def connected(self, connection: WorkerConnection) -> None:
+        raise NotImplementedError
+
+    def connect_failed(self, reason: str) -> None:
+        raise NotImplementedError
+
+    def not_answered(self, reason: str, *, stale: bool) -> None:
+        """The connection ended before a response head. `stale`: it had answered before, and nothing came this time."""
+        if stale and self._may_resend:
+            # The server timed the idle connection out while we wrote: the one failure that says nothing. Once, to the
+            # same worker.
+            self._may_resend = False
+            self._connection = None
+            self._pool.assign(self, fresh=True)
+        else:
+            self._unanswered(reason)
+
+    def response_began(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
+        """The head is complete and `rest` is what came with it: write both, return where the rest of the body goes."""
+        return self._relay(head, rest, now_ns)
+
+    def response_broke(self, connection: WorkerConnection, reason: str) -> None:
+        raise NotImplementedError
+
+    def response_ended(self, connection: WorkerConnection) -> None:
+        raise NotImplementedError
+
+    # -- what the client connection and the plane tell
+
+    def cancel(self) -> None:
+        """The client is gone. Synchronous, so the worker learns of it in this turn of the loop."""
+        raise NotImplementedError
+
+    def timed_out(self) -> None:
+        raise NotImplementedError
+
+    def pause(self) -> None:
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        if self._connection is not None:
+            self._connection.resume()
+
+    # -- steps
+
+    def _unanswered(self, reason: str) -> None:
+        raise NotImplementedError
+
+    def _extra_headers(self) -> bytes:
+        return b"x-request-id: " + self.request_id + b"\r\n"
+
+    def _relay(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
+        """Commit: from here on the client has seen a byte."""
+        self.response = head
+        self.first_byte_ns = now_ns
+        client = self._client
+        http_1_0 = self._head.http_1_0
+        sized = head.content_length >= 0
+        keep_alive = client.may_keep_alive and (sized or not http_1_0)
+        extra = self._extra_headers()
+        if http_1_0 and keep_alive:
+            extra += b"connection: keep-alive\r\n"  # what HTTP/1.1 takes for granted
+        out = head.to_client(extra, keep_alive, not sized and not http_1_0)
+        client.keep_alive = keep_alive
+        write = client.write
+        if sized or (head.chunked and not http_1_0):
+            write(out + rest)
+            return write
+        if head.chunked:
+            self._decoder = ChunkDecoder(1 << 62)
+            write(out)
+            write = self._write_decoded
+        elif not http_1_0:
+            write(out)
+            write = self._write_chunk
+        else:
+            write(out)
+        if rest:
+            write(rest)
+        return write
+
+    def _write_decoded(self, data: bytes) -> None:
+        """A chunked body for a client of HTTP/1.0, which ends it by closing."""
+        assert self._decoder is not None
+        try:
+            self._client.write(self._decoder.feed(data)[0])
+        except BadHead:
+            self._client.abort()
+
+    def _write_chunk(self, data: bytes) -> None:
+        """A body that ends with the worker's connection, for a client that keeps its own."""
+        self._client.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def _end_relay(self) -> None:
+        """The body is complete: end it in the client's framing."""
+        head = self.response
+        assert head is not None
+        if head.content_length < 0 and not head.chunked and not self._head.http_1_0:
+            self._client.write(b"0\r\n\r\n")
+
+    def _over(self) -> None:
+        self.is_over = True
+        self._connection = None
+        self._plane.ended(self)
+
+
+class ControlExchange(Exchange):
+    """To the control app, in this process or another. It is ours and local: no retries beyond a stale connection."""
+
+    __slots__ = ("is_head_request",)
+
+    def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
+        super().__init__(plane, client, head, body, now_ns)
+        self.is_head_request = head.method == "HEAD"
+        self._pool = plane.control_pool
+
+    def start(self) -> None:
+        self._plane.began(self)
+        self._pool.assign(self)
+
+    def connected(self, connection: WorkerConnection) -> None:
+        self._connection = connection
+        length = len(self._body) if self._body or self._head.content_length >= 0 or self._head.chunked else -1
+        connection.send(self, self._head.to_control(length), self._body)
+
+    def connect_failed(self, reason: str) -> None:
+        if not self.is_over:
+            self._unanswered(reason)
+
+    def _unanswered(self, reason: str) -> None:
+        self._over()
+        self._client.answer_error(
+            ErrorCode.CONTROL_UNAVAILABLE, f"The control plane does not answer: {reason}", self.request_id
+        )
+
+    def response_broke(self, connection: WorkerConnection, reason: str) -> None:
+        self._over()
+        self._client.abort()
+
+    def response_ended(self, connection: WorkerConnection) -> None:
+        self._end_relay()
+        self._over()
+        self._client.exchange_ended()
+
+    def cancel(self) -> None:
+        if self._connection is not None:
+            self._connection.abort()
+        self._over()
+
+    def timed_out(self) -> None:
+        if self._connection is not None:
+            self._connection.abort()
+        began = self.response is not None
+        self._over()
+        if began:
+            self._client.abort()
+        else:
+            self._client.answer_error(
+                ErrorCode.UPSTREAM_TIMEOUT, "The control plane did not answer in time", self.request_id
+            )

@@ -1,0 +1,92 @@
+"""Connections to one upstream: idle ones are kept and handed out again, last in first out.
+
+The pool owns the idle list and the connects under way; a connection in use belongs to its exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic_ns
+from typing import TYPE_CHECKING
+
+from warmroute.dataplane.worker_connection import WorkerConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from warmroute._core import HeadParser
+    from warmroute.dataplane.exchange import Exchange
+
+    Connect = Callable[[Callable[[], asyncio.Protocol]], Awaitable[object]]
+    """Opens one connection whose protocol the argument makes."""
+
+CONNECT_TIMEOUT_SECONDS = 5.0
+# Servers close idle connections after 5 s (uvicorn) or more. Their close is seen as it comes and the race is covered by
+# one free re-send, so this only bounds how long sockets of a quiet fleet stay open.
+IDLE_NS = 60 * 10**9
+
+
+class Pool:
+    """All connections to one worker, or to the control app."""
+
+    __slots__ = ("_connect", "_connecting", "_idle", "parser")
+
+    def __init__(self, connect: Connect, parser: HeadParser) -> None:
+        self._connect = connect
+        self.parser = parser
+        self._idle: list[WorkerConnection] = []
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Pool [{len(self._idle)} idle, {len(self._connecting)} connecting]>"
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._idle and not self._connecting
+
+    def assign(self, exchange: Exchange, *, fresh: bool = False) -> None:
+        """Give `exchange` a connection, now or when it is open: calls its `connected` or `connect_failed`."""
+        while self._idle and not fresh:
+            connection = self._idle.pop()
+            if not connection.is_closing:
+                exchange.connected(connection)
+                return
+        task = asyncio.get_running_loop().create_task(self._open(exchange))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    def give_back(self, connection: WorkerConnection, now_ns: int) -> None:
+        connection.idle_since_ns = now_ns
+        self._idle.append(connection)
+
+    def forget(self, connection: WorkerConnection) -> None:
+        """An idle connection was closed by the other side."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close_idle(self, before_ns: int) -> None:
+        """Close what has been idle since before `before_ns`; the list is in order of that time, oldest first."""
+        while self._idle and self._idle[0].idle_since_ns < before_ns:
+            self._idle.pop(0).close()
+
+    def close(self) -> None:
+        for task in self._connecting:
+            task.cancel()
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    async def _open(self, exchange: Exchange) -> None:
+        connection = WorkerConnection(self)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                await self._connect(lambda: connection)
+        except TimeoutError:
+            exchange.connect_failed(f"no connection within {CONNECT_TIMEOUT_SECONDS:g} s")
+        except OSError as error:
+            exchange.connect_failed(error.strerror or str(error))
+        else:
+            if exchange.is_over:  # cancelled meanwhile: the connection is as good as new
+                self.give_back(connection, monotonic_ns())
+            else:
+                exchange.connected(connection)

@@ -1,0 +1,300 @@
+"""A request for a worker: choose, send, commit, relay, account; and what follows when an attempt fails.
+
+The commit point is the first byte written to the client. Before it a failure may go elsewhere (`warmroute.retry` says
+when), after it never. Every attempt holds one lease, released where the body of its response ends, whatever happens.
+"""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic_ns
+from typing import TYPE_CHECKING
+
+from warmroute._core import BadRequest, OutcomeKind, RegionBusy, UnknownModel
+from warmroute.dataplane.exchange import Exchange
+from warmroute.errors import ErrorCode, stream_error
+from warmroute.retry import RETRYABLE_STATUSES, Failure, Retries
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from warmroute._core import Lease, RequestHead, ResponseHead, RoutedRequest
+    from warmroute.dataplane.client_connection import ClientConnection
+    from warmroute.dataplane.plane import DataPlane
+    from warmroute.dataplane.worker_connection import WorkerConnection
+    from warmroute.directory import WorkerAddress
+
+log = logging.getLogger(__name__)
+
+# Statuses that may be retried come with small bodies; one that is larger is relayed at once.
+MAX_HELD_BODY_BYTES = 64 * 1024
+CLIENT_CLOSED_REQUEST = 499
+
+
+class RoutedExchange(Exchange):
+    __slots__ = (
+        "_address",
+        "_failure",
+        "_held",
+        "_held_head",
+        "_lease",
+        "_request",
+        "_retries",
+        "_timer",
+    )
+
+    _address: WorkerAddress
+    _request: RoutedRequest
+
+    def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
+        super().__init__(plane, client, head, body, now_ns)
+        self._lease: Lease | None = None
+        self._retries: Retries | None = None
+        self._failure: tuple[ErrorCode, str] | None = None
+        self._held: list[bytes] | None = None  # body of an answer that may still be replaced by another worker's
+        self._held_head: ResponseHead | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, now_ns: int) -> None:
+        head = self._head
+        try:
+            self._request = self._plane.core.read(head.path, head.routing_headers, self._body, now_ns)
+        except BadRequest as error:
+            message, param = error.args
+            self.is_over = True
+            self._client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
+            return
+        self._plane.began(self)
+        self._plane.retry_budget.deposit()
+        self._attempt(now_ns, allow_failed=False)
+
+    # -- attempts
+
+    def _attempt(self, now_ns: int, *, allow_failed: bool) -> None:
+        """Choose a worker and ask the pool for a connection to it."""
+        try:
+            lease = self._plane.core.select(self._request, now_ns, False)
+            if lease is None and allow_failed:
+                lease = self._plane.core.select(self._request, now_ns, True)
+        except UnknownModel:
+            self._answer_error(
+                ErrorCode.MODEL_NOT_FOUND, self._plane.unknown_model_message(self._request.model), "model"
+            )
+            return
+        except RegionBusy:
+            self._answer_error(ErrorCode.NO_AVAILABLE_WORKERS, "The router is overloaded; try again")
+            return
+        address = None if lease is None else self._plane.directory.address(lease.slot)
+        if lease is None or address is None:
+            self._nobody(now_ns)
+            return
+        self._lease = lease
+        self._address = address
+        self._may_resend = True
+        self._pool = self._plane.pool(address)
+        self._pool.assign(self)
+
+    def _nobody(self, now_ns: int) -> None:
+        """No worker can take it now."""
+        if self._retries is None:
+            self._answer_error(ErrorCode.NO_AVAILABLE_WORKERS, "No worker is available; try again")
+            return
+        failure = Failure.BAD_STATUS if self._held is not None else self._last_failure()
+        decision = self._retries.nobody_left(failure)
+        if decision is None:
+            self._give_up()
+        else:
+            self._later(decision.delay_seconds, decision.allow_failed)
+
+    def _last_failure(self) -> Failure:
+        assert self._retries is not None
+        return Failure.NO_ANSWER if self._retries.unanswered else Failure.NOT_SENT
+
+    def _failed(self, failure: Failure, code: ErrorCode, message: str) -> None:
+        """An attempt came to nothing before the commit: another one, later or never."""
+        plane = self._plane
+        self._failure = (code, message)
+        if self._retries is None:
+            self._retries = Retries(plane.retry_policy, plane.retry_budget, plane.generator)
+        decision = self._retries.after(failure)
+        if decision is None:
+            self._give_up()
+        elif decision.delay_seconds:
+            self._later(decision.delay_seconds, decision.allow_failed)
+        else:
+            self._attempt(monotonic_ns(), allow_failed=decision.allow_failed)
+
+    def _later(self, seconds: float, allow_failed: bool) -> None:
+        self._timer = self._plane.loop.call_later(seconds, self._again, allow_failed)
+
+    def _again(self, allow_failed: bool) -> None:
+        self._timer = None
+        self._attempt(monotonic_ns(), allow_failed=allow_failed)
+
+    def _give_up(self) -> None:
+        if self._held_head is not None:  # the last answer a worker gave, as it gave it
+            body = b"".join(self._held or ())
+            self._relay(self._held_head, body, monotonic_ns())
+            self._end_relay()
+            self._finish(self._held_head.status)
+            self._client.exchange_ended()
+            return
+        assert self._failure is not None
+        self._answer_error(*self._failure)
+
+    # -- what the upstream connection tells
+
+    def connected(self, connection: WorkerConnection) -> None:
+        self._connection = connection
+        lease = self._lease
+        assert lease is not None
+        body = self._body
+        splice = lease.splice
+        if splice is not None:
+            offset, inserted = splice
+            body = body[:offset] + inserted + body[offset:]
+        address = self._address
+        head = self._head.to_worker(
+            address.host_header, self._plane.worker_authorization(address), self.request_id, len(body)
+        )
+        connection.send(self, head, body)
+
+    def connect_failed(self, reason: str) -> None:
+        if self.is_over:
+            return
+        self._release(OutcomeKind.CONNECT_FAILED if self._may_resend else OutcomeKind.NO_ANSWER, 0, None)
+        message = f"Cannot connect to the worker: {reason}"
+        if self._may_resend:
+            self._failed(Failure.NOT_SENT, ErrorCode.UPSTREAM_CONNECT_FAILED, message)
+        else:
+            # What looked like a stale connection was a worker that died with the request in its hands.
+            self._failed(Failure.NO_ANSWER, ErrorCode.UPSTREAM_CONNECT_FAILED, message)
+
+    def _unanswered(self, reason: str) -> None:
+        self._connection = None
+        self._release(OutcomeKind.NO_ANSWER, 0, None)
+        self._failed(Failure.NO_ANSWER, ErrorCode.UPSTREAM_NO_ANSWER, f"The worker did not answer: {reason}")
+
+    def response_began(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
+        if (
+            head.status in RETRYABLE_STATUSES
+            and self._plane.retry_policy.enabled
+            and head.content_length <= MAX_HELD_BODY_BYTES
+        ):
+            self._held_head = head
+            self._held = [rest]
+            return self._hold
+        self._held_head = None
+        self._held = None
+        return self._relay(head, rest, now_ns)
+
+    def _hold(self, data: bytes) -> None:
+        assert self._held is not None
+        self._held.append(data)
+        if sum(map(len, self._held)) > MAX_HELD_BODY_BYTES and self._connection is not None:
+            self._connection.abort()
+            self.response_broke(self._connection, "an error body without end")
+
+    def response_ended(self, connection: WorkerConnection) -> None:
+        self._connection = None
+        held_head = self._held_head
+        if held_head is not None and self.response is None:
+            self._release(OutcomeKind.ANSWERED, held_head.status, connection)
+            self._failed(Failure.BAD_STATUS, ErrorCode.UPSTREAM_ERROR, f"The worker answered with {held_head.status}")
+            return
+        assert self.response is not None
+        status = self.response.status
+        self._end_relay()
+        self._release(OutcomeKind.ANSWERED, status, connection)
+        self._finish(status)
+        self._client.exchange_ended()
+
+    def response_broke(self, connection: WorkerConnection, reason: str) -> None:
+        self._connection = None
+        if self.response is None:  # broke off while it was held: nothing was committed
+            self._held = self._held_head = None
+            self._unanswered(reason)
+            return
+        self._release(OutcomeKind.BROKEN_STREAM, self.response.status, connection)
+        log.warning("request %s: the answer of %s broke off: %s", self.request_id.decode(), self._address.url, reason)
+        self._break_off(connection, ErrorCode.UPSTREAM_STREAM_BROKEN, f"The worker's answer broke off: {reason}")
+
+    def _break_off(self, connection: WorkerConnection, code: ErrorCode, message: str) -> None:
+        """End what has begun so that nobody takes it for whole: an error event where there is a dialect, then close."""
+        self._finish(code.status)
+        if self._request.stream and not self._head.http_1_0 and self.response is not None and self.response.chunked:
+            # The worker's last chunk may be cut: fill it with newlines, which SSE ignores, so that the event can be
+            # read.
+            event = b"\n\n" + stream_error(code, message)
+            missing = connection.reader.open_chunk_bytes
+            if missing >= 0:
+                filler = b"\n" * (missing - 2) + b"\r\n" if missing >= 2 else b"\n"[:missing]
+                self._client.write(filler + b"%x\r\n%b\r\n" % (len(event), event))
+                self._client.close()
+                return
+        self._client.abort()
+
+    # -- what the client connection and the plane tell
+
+    def cancel(self) -> None:
+        self._drop_attempt(OutcomeKind.CANCELLED)
+        self._finish(CLIENT_CLOSED_REQUEST)
+
+    def timed_out(self) -> None:
+        connection = self._connection
+        message = f"The worker took longer than {self._plane.request_timeout_ns / 1e9:g} s"
+        began = self.response is not None
+        self._drop_attempt(OutcomeKind.BROKEN_STREAM if began else OutcomeKind.NO_ANSWER)
+        if began and connection is not None:
+            self._break_off(connection, ErrorCode.UPSTREAM_TIMEOUT, message)
+        else:
+            self._answer_error(ErrorCode.UPSTREAM_TIMEOUT, message)
+
+    def _drop_attempt(self, kind: OutcomeKind) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        connection = self._connection
+        if connection is not None:
+            connection.abort()
+            self._connection = None
+        self._release(kind, 0, connection if self.response is not None else None)
+
+    # -- accounts
+
+    def _release(self, kind: OutcomeKind, status: int, connection: WorkerConnection | None) -> None:
+        """Give the lease back with what is known; the core says which machines moved."""
+        lease = self._lease
+        if lease is None:
+            return
+        self._lease = None
+        prompt = completion = cached = -1
+        chunks = gap_ns = 0
+        if connection is not None:
+            head = self.response or self._held_head
+            prompt, completion, cached = connection.reader.usage()
+            if head is not None and head.prompt_tokens >= 0:
+                prompt, cached = head.prompt_tokens, head.cached_tokens
+            chunks, gap_ns = connection.chunks, connection.max_gap_ns
+        transitions = lease.release(
+            kind, status, self.first_byte_ns, chunks, gap_ns, prompt, completion, cached, monotonic_ns()
+        )
+        for transition in transitions:
+            self._plane.log_transition(transition)
+
+    def _finish(self, status: int) -> None:
+        self._request.finish(status, self.first_byte_ns, monotonic_ns())
+        self._over()
+
+    def _answer_error(self, code: ErrorCode, message: str, param: str | None = None) -> None:
+        self._finish(code.status)
+        self._client.answer_error(code, message, self.request_id, param)
+
+    def _extra_headers(self) -> bytes:
+        if self._plane.expose_worker:
+            return b"x-request-id: %b\r\nx-warmroute-worker: %b\r\n" % (
+                self.request_id,
+                self._address.worker_id.encode(),
+            )
+        return b"x-request-id: " + self.request_id + b"\r\n"

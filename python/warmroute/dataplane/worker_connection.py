@@ -1,0 +1,204 @@
+"""One upstream connection: sends a request, finds the response in the bytes that come, hands them on.
+
+Three phases: idle (no exchange), waiting for the head, relaying. While relaying, a piece costs one call into the
+framing machine and one write to the client; nothing is parsed, copied or awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic_ns
+from typing import TYPE_CHECKING
+
+from warmroute._core import BadHead, BodyReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from warmroute.dataplane.exchange import Exchange
+    from warmroute.dataplane.pool import Pool
+
+
+class WorkerConnection(asyncio.Protocol):
+    """Belongs to a pool while idle, to an exchange while `exchange` is set."""
+
+    __slots__ = (
+        "_feed",
+        "_last_ns",
+        "_pending",
+        "_pool",
+        "_reusable",
+        "_transport",
+        "_write",
+        "chunks",
+        "exchange",
+        "idle_since_ns",
+        "max_gap_ns",
+        "reader",
+        "was_used",
+    )
+
+    _transport: asyncio.Transport
+    reader: BodyReader
+    _write: Callable[[bytes], object]
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.exchange: Exchange | None = None
+        self._feed: Callable[[bytes], int] | None = None  # None: the head is not complete
+        self._pending = b""
+        self._reusable = False
+        self.was_used = False
+        self.idle_since_ns = 0
+        self.chunks = 0
+        self.max_gap_ns = 0
+        self._last_ns = 0
+
+    def __repr__(self) -> str:
+        phase = "idle" if self.exchange is None else "waiting" if self._feed is None else "relaying"
+        return f"<WorkerConnection [{phase}]>"
+
+    @property
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    # -- from the exchange
+
+    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+        self.exchange = exchange
+        if len(body) < 16384:  # one copy is cheaper than one more buffer in the kernel's list
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines((head, body))
+
+    def pause(self) -> None:
+        """The client is slow."""
+        self._transport.pause_reading()
+
+    def resume(self) -> None:
+        self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """The exchange is over before the response is: the worker sees a reset and stops working on it."""
+        self.exchange = None
+        self._transport.abort()
+
+    def close(self) -> None:
+        self.exchange = None
+        self._transport.close()
+
+    # -- from the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        feed = self._feed
+        if feed is None:
+            self._head_received(data)
+            return
+        try:
+            end = feed(data)
+        except BadHead as error:
+            self._fail(str(error.args[1]))
+            return
+        now_ns = monotonic_ns()
+        gap_ns = now_ns - self._last_ns
+        if gap_ns > self.max_gap_ns:
+            self.max_gap_ns = gap_ns
+        self._last_ns = now_ns
+        self.chunks += 1
+        if end < 0:
+            self._write(data)
+        else:
+            self._write(data if end == len(data) else data[:end])
+            self._response_ended(clean=end == len(data))
+
+    def eof_received(self) -> bool:
+        return False  # close the transport; connection_lost tells the exchange
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            self._pool.forget(self)
+            return
+        if self._feed is not None and self.reader.end_of_file():
+            self._response_ended(clean=False)
+            return
+        self._fail(str(exc) if exc else "connection closed by the worker")
+
+    # -- steps
+
+    def _head_received(self, data: bytes) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            # Nobody asked. A worker that times out an idle connection may say so before it closes it.
+            self._pool.forget(self)
+            self._transport.abort()
+            return
+        data = self._pending + data if self._pending else data
+        while True:
+            try:
+                head = self._pool.parser.response(data, exchange.is_head_request)
+            except BadHead as error:
+                self._fail(str(error.args[1]))
+                return
+            if head is None:
+                self._pending = data
+                return
+            if head.status >= 200:
+                break
+            data = data[head.size :]  # 1xx: an interim response that concerns this hop alone
+        self._pending = b""
+        if head.chunked:
+            reader = BodyReader.of_chunks()
+        elif head.content_length >= 0:
+            reader = BodyReader.of_length(head.content_length)
+        else:
+            reader = BodyReader.until_eof()
+        self.reader = reader
+        self._reusable = head.keep_alive
+        rest = data[head.size :]
+        try:
+            end = reader.feed(rest)
+        except BadHead as error:
+            self._fail(str(error.args[1]))
+            return
+        self._feed = reader.feed
+        self.chunks = 1 if rest else 0
+        self.max_gap_ns = 0
+        self._last_ns = monotonic_ns()
+        self._write = exchange.response_began(head, rest if end < 0 or end == len(rest) else rest[:end], self._last_ns)
+        if end >= 0:
+            self._response_ended(clean=end == len(rest))
+
+    def _response_ended(self, *, clean: bool) -> None:
+        exchange = self.exchange
+        if exchange is None:  # the write above lost the client, and with it the exchange
+            return
+        self.exchange = None
+        self._feed = None
+        self.was_used = True
+        # An answer that came before the request was sent whole leaves a rest that would be read as the next request.
+        if (
+            self._reusable
+            and clean
+            and not self._transport.is_closing()
+            and not self._transport.get_write_buffer_size()
+        ):
+            self._pool.give_back(self, self._last_ns)
+        else:
+            self._transport.close()
+        exchange.response_ended(self)
+
+    def _fail(self, reason: str) -> None:
+        exchange = self.exchange
+        began = self._feed is not None
+        self.exchange = None
+        self._transport.abort()
+        if exchange is None:
+            return
+        if began:
+            exchange.response_broke(self, reason)
+        else:
+            exchange.not_answered(reason, stale=self.was_used and not self._pending)

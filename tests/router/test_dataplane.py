@@ -1,0 +1,397 @@
+"""The data plane against scripted workers, on real sockets: what a request meets from its first byte to its last."""
+
+import asyncio
+import json
+from contextlib import AsyncExitStack
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fake_worker import FakeWorker, Script
+from tests.router.plane import Plane, running
+
+CHAT = "/v1/chat/completions"
+
+
+def chat(text: str = "Hello", **fields: Any) -> dict[str, Any]:
+    return {"model": "fake-model", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def request(path: str, body: bytes, *lines: bytes, version: bytes = b"1.1") -> bytes:
+    head = b"POST %b HTTP/%b\r\nhost: x\r\ncontent-type: application/json\r\n" % (path.encode(), version)
+    return head + b"".join(line + b"\r\n" for line in lines) + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+CHAT_BYTES = json.dumps(chat()).encode()
+
+
+async def test_the_body_arrives_byte_for_byte() -> None:
+    body = b'{"messages": [{"role":"user","content":"\\u00e9"}],\n "unkno": {"big": 1234567890123456789, "d": [[{}]]}}'
+    async with FakeWorker() as worker, running([worker]) as router:
+        answer = await router.client.post(CHAT, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 200
+        assert worker.record.requests[0].body == body
+
+
+async def test_stream_and_unary_alternate_on_one_connection_with_control_paths() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        for _ in range(3):
+            unary = await router.client.post(CHAT, json=chat())
+            assert unary.json()["choices"]
+            models = await router.client.get("/v1/models?x=1")
+            assert models.json()["path"] == "/v1/models?x=1"
+            async with router.client.stream("POST", CHAT, json=chat(stream=True)) as streamed:
+                lines = [line async for line in streamed.aiter_lines() if line]
+            assert lines[-1] == "data: [DONE]"
+        assert len(router.plane.connections) == 1
+
+
+async def test_a_stream_is_relayed_piece_by_piece() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(chunks=5, chunk_seconds=0.05)
+        loop = asyncio.get_running_loop()
+        async with router.client.stream("POST", CHAT, json=chat(stream=True)) as streamed:
+            times = [loop.time() async for line in streamed.aiter_lines() if line.startswith("data: {")]
+        assert times[-1] - times[0] > 0.1
+
+
+async def test_control_requests_keep_method_query_body_and_headers() -> None:
+    async with running() as router:
+        answer = await router.client.put("/workers/7?a=b", content=b"hello", headers={"x-own": "yes"})
+        seen = answer.json()
+        assert (seen["method"], seen["path"], seen["body"]) == ("PUT", "/workers/7?a=b", "hello")
+        assert {name.lower(): value for name, value in seen["headers"].items()}["x-own"] == "yes"
+        assert (await router.client.head("/workers")).status_code == 200
+        assert (await router.client.get(CHAT)).json()["method"] == "GET"
+
+
+async def test_probes_are_answered_from_the_core() -> None:
+    async with FakeWorker() as worker, running() as router:
+        assert (await router.client.get("/health")).status_code == 200
+        assert (await router.client.get("/liveness")).status_code == 200
+        assert (await router.client.get("/readiness")).status_code == 503
+        router.add(worker)
+        ready = await router.client.get("/readiness")
+        assert ready.json() == {"status": "ready", "healthy_workers": 1, "total_workers": 1}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"messages": 7}', b"\xff\xfe", b'{"messages": [' + b"[" * 5000])
+async def test_a_body_that_cannot_be_read_is_the_clients_fault(body: bytes) -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        answer = await router.client.post(CHAT, content=body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error.keys() == {"message", "type", "code", "param"}
+        assert answer.headers["x-smg-error-code"] == error["code"]
+        assert worker.record.received == 0
+        assert (await router.client.post(CHAT, json=chat())).status_code == 200
+
+
+async def test_no_worker_is_503_with_retry_after() -> None:
+    async with running() as router:
+        answer = await router.client.post(CHAT, json=chat())
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] == "no_available_workers"
+
+
+async def test_an_unknown_model_is_404_only_when_several_are_served() -> None:
+    async with FakeWorker(models=("a",)) as a, FakeWorker(models=("b",)) as b, running([a]) as router:
+        assert (await router.client.post(CHAT, json=chat() | {"model": "zzz"})).status_code == 200
+        router.add(b)
+        answer = await router.client.post(CHAT, json=chat() | {"model": "zzz"})
+        assert answer.status_code == 404
+        assert "a, b" in answer.json()["error"]["message"]
+        assert (await router.client.post(CHAT, json=chat() | {"model": "b"})).status_code == 200
+        assert b.record.received == 1
+
+
+async def test_a_body_over_the_limit_is_413_and_at_the_limit_passes() -> None:
+    body = CHAT_BYTES
+    async with FakeWorker() as worker, running([worker], max_payload_size=len(body)) as router:
+        assert (await router.client.post(CHAT, content=body)).status_code == 200
+        refused = await router.raw(request(CHAT, body + b" "))
+        assert refused.startswith(b"HTTP/1.1 413 ")
+        assert b"connection: close" in refused
+        chunked = b"POST %b HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" % CHAT.encode()
+        refused = await router.raw(chunked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body) + 1, body + b" "))
+        assert refused.startswith(b"HTTP/1.1 413 ")
+
+
+async def test_a_body_in_pieces_and_in_chunks() -> None:
+    body = json.dumps(chat("x" * 300_000)).encode()
+    async with FakeWorker() as worker, running([worker]) as router:
+        whole = request(CHAT, body)
+        pieces = [whole[i : i + 7000] for i in range(0, len(whole), 7000)]
+        assert (await router.raw(*pieces, until=b'"usage"')).startswith(b"HTTP/1.1 200 ")
+        head = b"POST %b HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" % CHAT.encode()
+        chunks = [b"%x\r\n%b\r\n" % (len(body[i : i + 9999]), body[i : i + 9999]) for i in range(0, len(body), 9999)]
+        assert (await router.raw(head, *chunks, b"0\r\n\r\n", until=b'"usage"')).startswith(b"HTTP/1.1 200 ")
+        assert [seen.body for seen in worker.record.requests] == [body, body]
+
+
+async def test_pipelined_requests_are_answered_in_order() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(first_byte_seconds=0.05)
+        texts = [f"number {i}" for i in range(5)]
+        asks = b"".join(request(CHAT, json.dumps(chat(text)).encode()) for text in texts)
+        bad = request(CHAT, b"{") * 1500
+        got = await router.raw(asks, bad, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert got.count(b"HTTP/1.1 200 ") == 6
+        assert got.count(b"HTTP/1.1 400 ") == 1500
+        assert [json.loads(seen.body)["messages"][0]["content"] for seen in worker.record.requests] == texts
+
+
+async def test_expect_continue() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        whole = request(CHAT, CHAT_BYTES, b"expect: 100-continue")
+        cut = whole.index(b"\r\n\r\n") + 4
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+        writer.write(whole[:cut])
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(whole[cut:])
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+async def test_http_1_0_gets_an_unchunked_stream_and_a_close() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        body = json.dumps(chat(stream=True)).encode()
+        got = await router.raw(request(CHAT, body, version=b"1.0"))
+        assert b"transfer-encoding" not in got.lower()
+        assert got.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost : x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    ],
+)
+async def test_what_could_be_smuggled_is_refused(head: bytes) -> None:
+    async with running() as router:
+        got = await router.raw(head + b"hello")
+        assert got.startswith(b"HTTP/1.1 400 ")
+        assert b"connection: close" in got
+        assert (await router.client.get("/health")).status_code == 200
+
+
+async def test_a_client_that_goes_away_cancels_its_worker_at_once() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        for script in (Script(stall=True), Script(chunks=1000, chunk_seconds=0.01)):
+            worker.script = script
+            worker.record.reset()
+            _, writer = await asyncio.open_connection("127.0.0.1", router.port)
+            writer.write(request(CHAT, json.dumps(chat(stream=True)).encode()))
+            while worker.record.received == 0:
+                await asyncio.sleep(0.005)
+            assert router.loads() == 1
+            writer.close()
+            await router.quiet()
+            while worker.record.cancelled == 0:
+                await asyncio.sleep(0.005)
+            assert worker.record.in_flight == 0
+
+
+async def test_the_lease_of_a_client_that_leaves_while_connecting_is_returned() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        _, writer = await asyncio.open_connection("127.0.0.1", router.port)
+        writer.write(request(CHAT, CHAT_BYTES))
+        while not router.plane.connections:
+            await asyncio.sleep(0)
+        next(iter(router.plane.connections)).data_received(b"")
+        writer.transport.abort()
+        await router.quiet()
+
+
+async def test_a_dead_worker_is_passed_over() -> None:
+    async with FakeWorker() as alive, FakeWorker() as dead, running([alive, dead]) as router:
+        await dead.stop()
+        for i in range(20):
+            assert (await router.client.post(CHAT, json=chat(f"different {i}"))).status_code == 200
+        assert alive.record.received == 20
+        assert router.core.take_probe_requests()
+
+
+async def test_a_worker_that_resets_before_it_answers_is_replaced() -> None:
+    async with FakeWorker() as good, FakeWorker() as bad, running([good, bad]) as router:
+        bad.script = Script(reset_before_answer=True)
+        for i in range(10):
+            assert (await router.client.post(CHAT, json=chat(f"different {i}"))).status_code == 200
+        assert good.record.received == 10
+
+
+async def test_garbage_is_not_relayed() -> None:
+    async with FakeWorker() as good, FakeWorker() as bad, running([good, bad]) as router:
+        bad.script = Script(garbage=True)
+        for i in range(10):
+            assert (await router.client.post(CHAT, json=chat(f"different {i}"))).status_code == 200
+
+
+async def test_a_prompt_that_kills_its_worker_meets_at_most_one_other() -> None:
+    async with AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(FakeWorker()) for _ in range(5)]
+        async with running(workers, policy="round_robin") as router:
+            for _ in range(10):  # so that there are pooled connections, whose reset looks like a stale one
+                await router.client.post(CHAT, json=chat())
+            for worker in workers:
+                worker.script = Script(die=True, only_if_body_contains="poison")
+            answer = await router.client.post(CHAT, json=chat("poison"))
+            assert answer.status_code == 502
+            assert sum(any(b"poison" in seen.body for seen in worker.record.requests) for worker in workers) <= 2
+
+
+async def test_statuses_that_ask_for_another_try_are_retried_and_the_last_is_relayed() -> None:
+    async with FakeWorker() as a, FakeWorker() as b, running([a, b], retry_initial_backoff_ms=1) as router:
+        a.script = b.script = Script(status=503, times=2, retry_after=7)
+        assert (await router.client.post(CHAT, json=chat())).status_code == 200
+        a.script = b.script = Script(status=503, retry_after=7)
+        answer = await router.client.post(CHAT, json=chat())
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "7"
+        assert answer.json()
+
+
+async def test_4xx_is_relayed_as_it_is_and_never_opens_a_breaker() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(status=400)
+        for _ in range(50):
+            assert (await router.client.post(CHAT, json=chat())).status_code == 400
+        assert worker.record.received == 50
+        assert router.core.targets()[0].breaker == "closed"
+
+
+async def test_disable_retries() -> None:
+    async with FakeWorker() as worker, running([worker], disable_retries=True) as router:
+        worker.script = Script(status=503)
+        assert (await router.client.post(CHAT, json=chat())).status_code == 503
+        assert worker.record.received == 1
+
+
+async def test_idle_connections_closed_by_the_worker_cost_no_request() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(idle_close_seconds=0.02)
+        for pause in (0.0, 0.015, 0.02, 0.021, 0.019, 0.02, 0.03, 0.02):
+            assert (await router.client.post(CHAT, json=chat())).status_code == 200
+            await asyncio.sleep(pause)
+
+
+async def test_a_stream_that_breaks_ends_with_an_error_event_and_a_close() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(chunks=10, chunk_seconds=0.01, reset_after_chunks=3)
+        got = await router.raw(request(CHAT, json.dumps(chat(stream=True)).encode()))
+        payload = got[got.index(b"\r\n\r\n") + 4 :]
+        assert b"[DONE]" not in payload
+        assert not payload.endswith(b"0\r\n\r\n")
+        last = [line for line in payload.split(b"\n") if line.startswith(b"data: ")][-1]
+        assert json.loads(last[6:])["error"]["code"] == "upstream_stream_broken"
+
+
+async def test_a_unary_body_that_breaks_is_not_ended_cleanly() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(reset_after_chunks=1)
+        with pytest.raises(httpx.HTTPError):
+            await router.client.post(CHAT, json=chat())
+
+
+async def test_a_worker_that_stalls_is_a_504() -> None:
+    async with FakeWorker() as worker, running([worker], request_timeout_secs=1) as router:
+        worker.script = Script(stall=True)
+        answer = await router.client.post(CHAT, json=chat())
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "upstream_timeout"
+
+
+async def test_a_slow_reader_pauses_its_worker_and_not_the_router() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(chunks=20_000, chunk_bytes=4000, chunk_seconds=0.00001)
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1024)
+        writer.write(request(CHAT, json.dumps(chat(stream=True)).encode()))
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.5)  # 80 MB are on offer and nobody reads
+        connection = next(c for c in router.plane.connections if not c.is_idle)
+        assert connection._transport.get_write_buffer_size() < 4 * 1024 * 1024
+        worker.script = Script()
+        assert (await router.client.post(CHAT, json=chat("fast"))).status_code == 200
+        writer.transport.abort()
+
+
+async def test_an_api_key_guards_everything_but_the_probes() -> None:
+    async with FakeWorker() as worker, running([worker], api_key="secret") as router:
+        for path in ("/workers", "/get_loads"):
+            assert (await router.client.get(path)).status_code == 401
+        assert (await router.client.post(CHAT, json=chat())).status_code == 401
+        for path in ("/health", "/metrics", "/v1/models", "/readiness"):
+            assert (await router.client.get(path)).status_code == 200
+        key = {"authorization": "Bearer secret"}
+        assert (await router.client.post(CHAT, json=chat(), headers=key)).status_code == 200
+        assert (await router.client.get("/workers", headers=key)).status_code == 200
+        assert worker.record.requests[0].header("authorization") is None  # the router's key does not leave it
+
+
+async def test_request_ids_and_what_is_forwarded() -> None:
+    async with FakeWorker() as worker, running([worker], expose_worker=True) as router:
+        headers = {"x-request-id": "mine-1", "traceparent": "00-ab-cd-01", "x-warmroute-evil": "1", "cookie": "a=b"}
+        answer = await router.client.post(CHAT, json=chat(), headers=headers)
+        assert answer.headers["x-request-id"] == "mine-1"
+        assert answer.headers["x-warmroute-worker"] == f"id-{worker.port}"
+        seen = worker.record.requests[0]
+        assert seen.header("x-request-id") == "mine-1"
+        assert seen.header("traceparent") == "00-ab-cd-01"
+        assert seen.header("x-warmroute-evil") is None
+        assert seen.header("cookie") is None
+        made = [(await router.client.post(CHAT, json=chat())).headers["x-request-id"] for _ in range(3)]
+        assert len(set(made)) == 3
+
+
+async def test_a_workers_own_key_replaces_the_clients() -> None:
+    async with FakeWorker() as worker, running() as router:
+        router.add(worker, authorization=b"Bearer workers-own")
+        await router.client.post(CHAT, json=chat(), headers={"authorization": "Bearer clients"})
+        assert worker.record.requests[0].header("authorization") == "Bearer workers-own"
+
+
+async def test_draining_finishes_what_runs_and_closes_the_rest() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(chunks=20, chunk_seconds=0.02)
+        async with router.client.stream("POST", CHAT, json=chat(stream=True)) as streamed:
+            drained = asyncio.create_task(router.plane.drain(5))
+            text = "".join([line async for line in streamed.aiter_lines()])
+        assert text.endswith("[DONE]")
+        assert await drained
+
+
+async def test_a_dp_rank_is_spliced_into_the_body() -> None:
+    async with FakeWorker(dp_size=4) as worker, running([worker]) as router:
+        for i in range(8):
+            await router.client.post(CHAT, json=chat(f"different {i}"))
+        bodies = [json.loads(seen.body) for seen in worker.record.requests]
+        assert {body["data_parallel_rank"] for body in bodies} == {0, 1, 2, 3}
+        assert all(body["messages"][0]["content"].startswith("different") for body in bodies)
+
+
+async def turn(router: Plane, messages: list[dict[str, str]]) -> str:
+    answer = await router.client.post(CHAT, json=chat() | {"messages": messages})
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+async def test_a_second_turn_goes_where_the_first_went() -> None:
+    async with AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(FakeWorker()) for _ in range(4)]
+        async with running(workers) as router:
+            for worker in workers:
+                worker.script = Script(chunks=10, chunk_bytes=60)
+            for conversation in range(8):
+                question = {"role": "user", "content": f"Conversation {conversation}: " + "tell me more, please. " * 4}
+                text = await turn(router, [question])
+                assert len(text) >= 5 * len(question["content"])
+                again = [question, {"role": "assistant", "content": text}, {"role": "user", "content": "And then?"}]
+                await turn(router, again)
+            for worker in workers:
+                bodies = [json.loads(seen.body)["messages"] for seen in worker.record.requests]
+                firsts = [body[0]["content"] for body in bodies]
+                assert all(firsts.count(first) == 2 for first in firsts)

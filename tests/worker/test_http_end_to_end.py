@@ -1,0 +1,303 @@
+"""`launch_worker` with its real engine on a random Llama, against transformers: nothing is scripted here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+
+from tests.worker.byte_model import END, USER, VOCAB_SIZE, chat_ids, write_tokenizer
+from tests.worker.worker_process import WorkerProcess, children, health, lives, until, worker_process
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# Importing torch, twice, on a busy machine.
+pytestmark = pytest.mark.timeout(180)
+
+DRIVER = "warmroute_worker.driver_process"
+PROMPT_LENGTHS = [1, 2, 15, 16, 17, 40, 77, 130]
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Model:
+    folder: Path
+    prompts: list[list[int]]
+    expected: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Made in a process of its own: transformers and torch would stay in this one."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_tokenizer(folder)
+    script = f"""
+import json, random, torch, warnings
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(7); torch.set_num_threads(1)
+config = LlamaConfig(
+    vocab_size={VOCAB_SIZE}, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.3, tie_word_embeddings=False,
+    bos_token_id=256, eos_token_id={END}, pad_token_id=0,
+)
+model = LlamaForCausalLM(config).float().eval()
+model.save_pretrained({str(folder)!r})
+draw = random.Random(3)
+prompts = [[draw.randrange(256) for _ in range(length)] for length in {PROMPT_LENGTHS}]
+answers = []
+for prompt in prompts:
+    ids = torch.tensor([prompt])
+    for _ in range({NEW_TOKENS}):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    answers.append(ids[0, len(prompt):].tolist())
+print(json.dumps([prompts, answers]))
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    prompts, expected = json.loads(output.splitlines()[-1])
+    assert len({tuple(answer) for answer in expected}) == len(expected), "the answers depend on the prompts"
+    assert all(len(set(answer)) > 5 for answer in expected), "and are not one token over and over"
+    return Model(folder, prompts, expected)
+
+
+@pytest.fixture(scope="module")
+def worker(model: Model) -> Iterator[WorkerProcess]:
+    with worker_process(*arguments(model)) as process:
+        process.url(120)
+        yield process
+
+
+@pytest.fixture
+def client(worker: WorkerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=worker.url(), timeout=60) as client:
+        client.post("/flush_cache").raise_for_status()
+        yield client
+
+
+def arguments(model: Model, *more: str) -> list[str]:
+    fixed = ["--device", "cpu", "--dtype", "float32", "--threads", "1", "--max-total-tokens", "8192", "--port", "0"]
+    return ["--model-path", str(model.folder), "--served-model-name", "tiny", *fixed, *more]
+
+
+def greedy(client: httpx.Client, prompt: list[int], new_tokens: int = NEW_TOKENS, **more: Any) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    response = client.post("/generate", json={"input_ids": prompt, "sampling_params": sampling, **more})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_greedy_tokens_are_those_of_transformers_cold_and_warm(model: Model, client: httpx.Client) -> None:
+    for prompt, expected in zip(model.prompts, model.expected, strict=True):
+        cold = greedy(client, prompt)
+        assert cold["output_ids"] == expected
+        assert cold["meta_info"]["cached_tokens"] == 0
+        warm = greedy(client, prompt)
+        assert warm["output_ids"] == expected
+        assert warm["meta_info"]["cached_tokens"] == (len(prompt) - 1) // 16 * 16
+        following = greedy(client, [*prompt, *expected[:16]], new_tokens=16)
+        assert following["output_ids"] == expected[16:], "on top of what the worker has generated itself"
+        assert following["meta_info"]["cached_tokens"] == (len(prompt) + 15) // 16 * 16
+
+
+def test_all_at_once_and_streamed(model: Model, client: httpx.Client) -> None:
+    def stream(prompt: list[int]) -> list[int]:
+        body = {
+            "input_ids": prompt,
+            "stream": True,
+            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        }
+        with client.stream("POST", "/generate", json=body) as response:
+            events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+            assert response.headers["x-prompt-tokens"] == str(len(prompt))
+        assert events[-1] == "[DONE]"
+        ids: list[int] = json.loads(events[-2])["output_ids"]
+        return ids
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(stream, model.prompts)) == model.expected
+        answers = list(pool.map(lambda prompt: greedy(client, prompt)["output_ids"], model.prompts))
+        assert answers == model.expected
+
+
+def test_usage_is_what_an_independent_count_gives(client: httpx.Client, worker: WorkerProcess) -> None:
+    question = "How many tokens has this sentence, do you think?"
+    with openai.OpenAI(base_url=worker.url() + "/v1", api_key="none", max_retries=0) as chat:
+        for cached in (0, (len(chat_ids((USER, question))) - 1) // 16 * 16):
+            answer = chat.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": question}],
+                temperature=0,
+                max_tokens=5,
+                extra_body={"ignore_eos": True},
+            )
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens == len(chat_ids((USER, question)))
+            assert answer.usage.completion_tokens == 5
+            assert answer.usage.prompt_tokens_details is not None
+            assert answer.usage.prompt_tokens_details.cached_tokens == cached
+    text = client.get("/metrics").text
+    assert "sglang:cached_tokens_total" in text
+
+
+def test_seeds_and_temperature(model: Model, client: httpx.Client) -> None:
+    def sample(**sampling: Any) -> list[int]:
+        parameters = {"max_new_tokens": 24, "ignore_eos": True, **sampling}
+        body = {"input_ids": model.prompts[3], "sampling_params": parameters}
+        ids: list[int] = client.post("/generate", json=body).json()["output_ids"]
+        return ids
+
+    assert sample(temperature=2.0, seed=1) == sample(temperature=2.0, seed=1)
+    assert sample(temperature=2.0, seed=1) != sample(temperature=2.0, seed=2)
+    assert sample(temperature=2.0, top_k=1) == model.expected[3][:24]
+
+
+def test_eos_and_stop_token_ids_end_an_answer(model: Model, client: httpx.Client) -> None:
+    expected = model.expected[5]
+    sampling = {"temperature": 0, "max_new_tokens": 32, "stop_token_ids": [expected[4]]}
+    answer = client.post("/generate", json={"input_ids": model.prompts[5], "sampling_params": sampling}).json()
+    end = expected.index(expected[4]) + 1
+    if END not in expected[:end]:
+        assert answer["output_ids"] == expected[:end]
+        assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": expected[4]}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl_sees_tokens_when_they_are_made(worker: WorkerProcess) -> None:
+    body = {"prompt": "some text", "stream": True, "max_tokens": 200, "ignore_eos": True, "temperature": 1.0, "seed": 3}
+    command = ["curl", "-sN", "--fail", worker.url() + "/v1/completions", "-d", json.dumps(body)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        times = [time.monotonic() for line in process.stdout if line.startswith("data: ")]
+    assert process.returncode == 0
+    assert len(times) > 50
+    half, whole = times[len(times) // 2] - times[0], times[-1] - times[0]
+    assert whole > 0.02
+    assert 0.1 * whole < half < 0.9 * whole, "spread over the time that the answer took"
+
+
+def test_a_client_that_leaves_frees_its_pages(client: httpx.Client) -> None:
+    def load() -> tuple[int, int]:
+        (load,) = client.get("/v1/loads").json()["loads"]
+        return load["num_total_reqs"], load["num_used_tokens"]
+
+    body = {"prompt": "x" * 300, "stream": True, "max_tokens": 700, "ignore_eos": True}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        requests, used = load()
+        assert requests == 1
+        assert used >= 300
+    assert until(lambda: load() == (0, 0), 5) < 0.5
+
+
+def test_the_cache_is_flushed_only_when_idle(model: Model, client: httpx.Client) -> None:
+    prompt = model.prompts[-1]
+    greedy(client, prompt)
+    body = {"prompt": "x" * 30, "stream": True, "max_tokens": 900, "ignore_eos": True}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()  # dropping this iterator would close the connection
+        next(lines)
+        assert client.post("/flush_cache").status_code == 400
+    until(lambda: client.get("/get_load").json()[0]["num_reqs"] == 0, 5)
+    assert greedy(client, prompt)["meta_info"]["cached_tokens"] == 128
+    assert client.get("/flush_cache").status_code == 200
+    assert greedy(client, prompt)["meta_info"]["cached_tokens"] == 0
+
+
+def test_too_long_prompts_are_refused_at_once(client: httpx.Client) -> None:
+    response = client.post("/v1/completions", json={"prompt": "x" * 1024})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    answer = client.post("/v1/completions", json={"prompt": "x" * 1020, "max_tokens": 50, "ignore_eos": True}).json()
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+def test_what_was_asked_for_and_what_is_used(client: httpx.Client, model: Model) -> None:
+    info = client.get("/server_info").json()
+    assert info["requested"]["max_total_tokens"] == 8192
+    assert info["effective"]["device"] == "cpu"
+    assert info["effective"]["dtype"] == "float32"
+    assert info["effective"]["context_length"] == 1024
+    weights = os.path.getsize(model.folder / "model.safetensors")  # noqa: PTH202 (one line)
+    assert 0.9 * weights < info["effective"]["weight_bytes"] <= weights
+    assert client.get("/model_info").json()["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_killed_driver(model: Model) -> None:
+    with worker_process(*arguments(model)) as worker:
+        url = worker.url(120)
+        driver = worker.child(DRIVER)
+        pids = children(worker.process.pid)
+        body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True}
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(url + "/v1/completions", json=body, timeout=60))
+        )
+        thread.start()
+        until(lambda: httpx.get(url + "/get_load").json()[0]["num_reqs"] == 1, 5)
+        os.kill(driver, signal.SIGKILL)
+        assert until(lambda: health(url) == 503, 1) < 1
+        assert worker.wait(5) == 1
+        thread.join(5)
+        assert answers[0].status_code == 503
+    assert (
+        worker.stderr[-1]
+        == f"launch_worker: the engine process (pid {driver}) was killed by SIGKILL (out of memory?)\n"
+    )
+    assert not any(map(lives, pids))
+
+
+def test_sigterm(model: Model) -> None:
+    with worker_process(*arguments(model)) as worker:
+        url = worker.url(120)
+        body = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(url + "/v1/completions", json=body, timeout=60))
+        )
+        thread.start()
+        until(lambda: httpx.get(url + "/get_load").json()[0]["num_reqs"] == 1, 5)
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 0
+        thread.join(5)
+        assert answers[0].json()["usage"]["completion_tokens"] == 100
+    assert len(worker.stderr) == 1, worker.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "said"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, [], "BertForMaskedLM"),
+        ({}, ["--max-total-tokens", "1000000000000"], "memory"),
+        pytest.param({"hidden_size": 128, "head_dim": 32}, [], "has shape", marks=pytest.mark.slow),
+        pytest.param(None, [], "safetensors", marks=pytest.mark.slow),
+    ],
+)
+def test_an_engine_that_cannot_start_says_why_in_one_line(
+    model: Model, tmp_path: Path, change: dict[str, Any] | None, flags: list[str], said: str
+) -> None:
+    shutil.copytree(model.folder, tmp_path, dirs_exist_ok=True)
+    if change is None:
+        (tmp_path / "model.safetensors").unlink()
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with worker_process("--model-path", str(tmp_path), "--port", "0", "--device", "cpu", *flags) as worker:
+        assert worker.wait(60) == 1
+    assert len(worker.stderr) == 1, worker.stderr
+    assert said in worker.stderr[0]

@@ -1,0 +1,114 @@
+"""/generate against a scripted driver."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.worker.byte_model import END, write_folder
+from tests.worker.http_fixtures import RunningApp, running_app, sse_data
+from warmroute_worker import messages
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+
+@pytest.fixture
+async def app(tmp_path: Path) -> AsyncIterator[RunningApp]:
+    async with running_app(write_folder(tmp_path)) as app:
+        yield app
+
+
+async def test_text(app: RunningApp) -> None:
+    response = await app.post("/generate", text="Grüße", sampling_params={"max_new_tokens": 50, "temperature": 0})
+    assert response.status_code == 200
+    answer = response.json()
+    assert answer["text"] == "Grüße"
+    assert answer["output_ids"] == [*"Grüße".encode(), END]
+    meta = answer["meta_info"]
+    assert meta.pop("e2e_latency") > 0
+    assert meta.pop("id")
+    assert meta == {
+        "finish_reason": {"type": "stop", "matched": END},
+        "prompt_tokens": 7,
+        "completion_tokens": 8,
+        "cached_tokens": 0,
+        "weight_version": "default",
+    }
+    assert response.headers["x-prompt-tokens"] == "7"
+
+
+async def test_finish_reasons(app: RunningApp) -> None:
+    async def finish(**sampling: Any) -> Any:
+        answer = (await app.post("/generate", text="abcdef", sampling_params=sampling)).json()
+        return answer["meta_info"]["finish_reason"], answer["text"]
+
+    assert await finish(max_new_tokens=3) == ({"type": "length", "length": 3}, "abc")
+    assert await finish(stop="de") == ({"type": "stop", "matched": "de"}, "abc")
+    assert await finish(stop_token_ids=[ord("e")]) == ({"type": "stop", "matched": ord("e")}, "abcd")
+    assert await finish(ignore_eos=True, max_new_tokens=9) == ({"type": "length", "length": 9}, "abcdefab")
+
+
+async def test_streaming_is_cumulative(app: RunningApp) -> None:
+    app.driver.step_seconds = 0.01
+    response = await app.post("/generate", text='a"😀b', stream=True)
+    assert response.headers["x-cached-tokens"] == "0"
+    *events, done = sse_data(response.text)
+    assert done == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert [chunk["text"] for chunk in chunks] == ["a", 'a"', 'a"😀', 'a"😀b', 'a"😀b']
+    assert [chunk["meta_info"]["finish_reason"] for chunk in chunks] == [*[None] * 4, {"type": "stop", "matched": END}]
+    output = [*'a"😀b'.encode(), END]
+    assert [chunk["output_ids"] for chunk in chunks] == [output[:n] for n in (1, 2, 6, 7, 8)]
+    assert all("index" not in chunk for chunk in chunks)
+
+
+async def test_batches(app: RunningApp) -> None:
+    answers = (await app.post("/generate", text=["one", "three"])).json()
+    assert [answer["text"] for answer in answers] == ["one", "three"]
+    answers = (await app.post("/generate", input_ids=[[72, 105]])).json()
+    assert [answer["text"] for answer in answers] == ["Hi"]
+    response = await app.post("/generate", input_ids=[[72], [105]], stream=True)
+    last = {chunk["index"]: chunk["text"] for chunk in map(json.loads, sse_data(response.text)[:-1])}
+    assert last == {0: "H", 1: "i"}
+    assert "x-cached-tokens" not in response.headers
+
+
+async def test_input_ids_and_defaults(app: RunningApp) -> None:
+    answer = (await app.post("/generate", input_ids=[72, 105], rid="ignored", unknown=1)).json()
+    assert answer["text"] == "Hi"
+    await app.post("/generate", text="a", sampling_params={"sampling_seed": 5, "seed": 6, "top_k": 0})
+    first, second = [message for message in app.driver.received if isinstance(message, messages.Generate)]
+    assert first.max_new_tokens == 128
+    assert first.sampling == messages.Sampling(temperature=1.0, top_k=-1, top_p=1.0, seed=None)
+    assert second.sampling == messages.Sampling(temperature=1.0, top_k=-1, top_p=1.0, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "text"),
+        ({"text": "a", "input_ids": [1]}, "text"),
+        ({"text": 3}, "text"),
+        ({"text": []}, "text"),
+        ({"input_ids": [999]}, "input_ids"),
+        ({"input_ids": [True]}, "input_ids[0]"),
+        ({"text": "a", "sampling_params": [1]}, "sampling_params"),
+        ({"text": "a", "sampling_params": {"max_new_tokens": -1}}, "sampling_params.max_new_tokens"),
+        ({"text": "a", "sampling_params": {"temperature": "hot"}}, "sampling_params.temperature"),
+        ({"text": "a", "sampling_params": {"n": 2}}, "sampling_params.n"),
+        ({"text": "a", "sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
+        ({"text": "a", "return_logprob": True}, "return_logprob"),
+        ({"text": "a", "image_data": "x"}, "image_data"),
+        ({"text": "a", "data_parallel_rank": 3}, "data_parallel_rank"),
+        ({"text": "a" * 512}, "text"),
+    ],
+)
+async def test_refusals_name_the_field(app: RunningApp, body: dict[str, Any], param: str) -> None:
+    response = await app.post("/generate", **body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert not app.driver.received

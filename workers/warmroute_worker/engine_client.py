@@ -1,0 +1,177 @@
+"""The HTTP process's end of the socket to the driver: frames out, frames in, and who waits for what.
+
+`EngineClient` owns the set of prompts the engine works on (`live`); a prompt leaves it exactly once: when it is
+finished, when a stop string ends it, when its client has gone, or when the driver is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from typing import TYPE_CHECKING
+
+from warmroute_worker import messages
+
+if TYPE_CHECKING:
+    from warmroute_worker.metrics import Metrics
+    from warmroute_worker.request_state import RequestState
+
+
+class Phase(enum.Enum):
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+    CLOSED = "closed"
+    """Shut down on purpose."""
+
+
+class EngineClient(asyncio.Protocol):
+    """Use on one event loop only."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.phase = Phase.STARTING
+        self.failure: str | None = None
+        """With FAILED: why."""
+        self.failed_with_words = False
+        """Whether `failure` is what the driver said; else it died without a word, and only its parent knows how."""
+        self.facts: messages.Ready | None = None
+        self.load: messages.Load | None = None
+        self.live: dict[str, RequestState] = {}
+        self.idle = asyncio.Event()
+        """Set while `live` is empty."""
+        self.idle.set()
+        self.phase_changed = asyncio.Event()
+        """Set whenever `phase` changes; whoever waits for it clears it."""
+        self._metrics = metrics
+        self._reader = messages.FrameReader()
+        self._transport: asyncio.WriteTransport | None = None
+        self._flushes: dict[int, asyncio.Future[messages.FlushResult]] = {}
+        self._flush_count = 0
+
+    def __repr__(self) -> str:
+        return f"<EngineClient {self.phase.value}, {len(self.live)} live>"
+
+    def submit(self, state: RequestState, request: messages.Generate) -> None:
+        """Hands a prompt to the engine. Its state is written from now on until it is finished or `cancel`led."""
+        self.live[state.rid] = state
+        self.idle.clear()
+        self._send(request)
+
+    def cancel(self, state: RequestState) -> None:
+        """The engine forgets the prompt within one step. Nothing happens when it is finished already."""
+        if self._forget(state.rid):
+            self._metrics.aborted.inc()
+            self._send(messages.Abort(rid=state.rid))
+
+    def fail_all(self, message: str) -> None:
+        """Ends what still runs with an error, in the engine too."""
+        for state in list(self.live.values()):
+            self.cancel(state)
+            state.fail("abort", message)
+
+    def current_load(self) -> tuple[messages.Load, int] | None:
+        """The last step's load and the largest batch; None before the first step."""
+        if self.load is None or self.facts is None:
+            return None
+        return self.load, self.facts.max_running_requests
+
+    async def flush(self) -> messages.FlushResult:
+        """Empties the prefix cache; not ok when requests run. Raises ConnectionError when the driver is gone."""
+        self._flush_count += 1
+        future: asyncio.Future[messages.FlushResult] = asyncio.get_running_loop().create_future()
+        self._flushes[self._flush_count] = future
+        self._send(messages.Flush(id=self._flush_count))
+        try:
+            return await future
+        finally:
+            self._flushes.pop(self._flush_count, None)
+
+    def shut_down(self) -> None:
+        """Tells the driver to end; nothing may be submitted afterwards."""
+        self._send(messages.Shutdown())
+        self._enter(Phase.CLOSED)
+
+    # The asyncio protocol.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport) or hasattr(transport, "write")
+        self._transport = transport  # type: ignore[assignment]  # uvloop's does not subclass asyncio's
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._reader.feed(data):
+            match message:
+                case messages.StepOutput():
+                    self._step(message, time.monotonic())
+                case messages.Ready():
+                    self.facts = message
+                    self._enter(Phase.READY)
+                case messages.Failed():
+                    self.failed_with_words = True
+                    self._lost(message.message)
+                case messages.FlushResult():
+                    waiting = self._flushes.get(message.id)
+                    if waiting is not None and not waiting.done():
+                        waiting.set_result(message)
+                case _:
+                    raise AssertionError(f"the driver sent {message!r}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if exc is None or isinstance(exc, OSError):
+            self._lost("the engine process is gone")
+        else:  # ours: asyncio closes the line when `data_received` raises
+            self.failed_with_words = True
+            self._lost(f"the engine sent what the HTTP process does not understand: {exc}")
+
+    def _step(self, output: messages.StepOutput, now: float) -> None:
+        self.load = output.load
+        self._metrics.throughput.observe(output.load.generation_tokens_total, now)
+        for rid, token_ids, finish_reason, cached_tokens, error in output.rows:
+            state = self.live.get(rid)
+            if state is None:  # cancelled here while the step ran there
+                continue
+            self._observe(state, len(token_ids), now)
+            stopped_here = state.advance(token_ids, finish_reason, cached_tokens, error)
+            if state.finish is not None:
+                self._forget(rid)
+                self._metrics.requests.inc()
+                self._metrics.request_latency.observe(now - state.arrived)
+                if stopped_here:
+                    self._send(messages.Abort(rid=rid))
+
+    def _observe(self, state: RequestState, tokens: int, now: float) -> None:
+        if not tokens:
+            return
+        if state.last_token_at is None:
+            self._metrics.time_to_first_token.observe(now - state.arrived)
+        else:
+            self._metrics.inter_token_latency.observe((now - state.last_token_at) / tokens)
+        state.last_token_at = now
+
+    def _lost(self, message: str) -> None:
+        if self.phase in (Phase.FAILED, Phase.CLOSED):
+            return
+        self.failure = message
+        self._enter(Phase.FAILED)
+        for state in list(self.live.values()):
+            self._forget(state.rid)
+            state.fail("error", message)
+        for waiting in self._flushes.values():
+            if not waiting.done():
+                waiting.set_exception(ConnectionError(message))
+
+    def _forget(self, rid: str) -> bool:
+        """Whether it was live."""
+        was_live = self.live.pop(rid, None) is not None
+        if not self.live:
+            self.idle.set()
+        return was_live
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self.phase_changed.set()
+
+    def _send(self, message: messages.Generate | messages.Abort | messages.Flush | messages.Shutdown) -> None:
+        if self._transport is not None:
+            self._transport.write(messages.encode(message))

@@ -1,0 +1,159 @@
+"""What routers and operators ask: models, health, arguments, load, metrics; and flushing the cache.
+
+Names of fields are those that sglang-router and smg read of a worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import time
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from warmroute_worker.http.errors import ApiError, ErrorCode
+from warmroute_worker.http.service import SERVICE
+from warmroute_worker.http.sse import json_bytes
+from warmroute_worker.metrics import cache_hit_rate
+
+if TYPE_CHECKING:
+    from warmroute_worker.http.service import Service
+
+
+async def health(request: web.Request) -> web.Response:
+    """200 exactly when a request would be taken."""
+    request.app[SERVICE].open_facts()
+    return web.Response()
+
+
+async def models(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    card = {
+        "id": service.args.served_model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "sglang",  # routers tell the worker's dialect by this
+        "root": service.args.model_path,
+        "max_model_len": service.facts().context_length,
+    }
+    return _json({"object": "list", "data": [card]})
+
+
+async def server_info(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    facts = service.facts()
+    info = {
+        **dataclasses.asdict(service.args),
+        "tokenizer_path": service.args.model_path,
+        "version": _version(),
+        "tp_size": 1,
+        "dp_size": 1,
+        "pp_size": 1,
+        "ep_size": 1,
+        "load_balance_method": "round_robin",
+        "disaggregation_mode": "null",
+        "is_embedding": False,
+        "weight_version": "default",
+        "context_length": facts.context_length,
+        "max_total_tokens": facts.max_total_tokens,
+        "max_total_num_tokens": facts.max_total_tokens,
+        "max_running_requests": facts.max_running_requests,
+        "page_size": facts.page_size,
+        "requested": dataclasses.asdict(service.args),
+        "effective": dataclasses.asdict(facts),
+    }
+    return _json(info)
+
+
+async def model_info(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    facts = service.facts()
+    return _json(
+        {
+            "model_path": service.args.model_path,
+            "tokenizer_path": service.args.model_path,
+            "is_generation": True,
+            "model_type": facts.model_type,
+            "architectures": list(facts.architectures),
+            "preferred_sampling_params": None,
+            "weight_version": "default",
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
+        }
+    )
+
+
+async def load(request: web.Request) -> web.Response:
+    """SGLang's /get_load: one entry per data-parallel rank."""
+    loads = _load(request.app[SERVICE])
+    return _json(
+        [
+            {
+                "dp_rank": 0,
+                "num_reqs": loads["num_total_reqs"],
+                "num_waiting_reqs": loads["num_waiting_reqs"],
+                "num_tokens": loads["num_used_tokens"] + loads["num_waiting_uncached_tokens"],
+            }
+        ]
+    )
+
+
+async def loads(request: web.Request) -> web.Response:
+    """SGLang's /v1/loads."""
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    return _json({"timestamp": now, "dp_rank_count": 1, "loads": [_load(request.app[SERVICE])]})
+
+
+async def flush_cache(request: web.Request) -> web.Response:
+    """Empties the prefix cache; 400 when requests run, whose pages it would take."""
+    service = request.app[SERVICE]
+    service.facts()
+    try:
+        result = await service.engine.flush()
+    except ConnectionError as error:
+        raise ApiError(ErrorCode.ENGINE_FAILED, f"the engine has failed: {error}") from error
+    if not result.ok:
+        raise ApiError(ErrorCode.BUSY, result.message)
+    return web.Response(text="Cache flushed.\n")
+
+
+async def metrics(request: web.Request) -> web.Response:
+    return web.Response(body=request.app[SERVICE].metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _load(service: Service) -> dict[str, Any]:
+    """Of the last step, corrected by what was submitted since: `live` is exact, the driver's numbers are a step old."""
+    facts = service.facts()
+    engine = service.engine
+    step = engine.load
+    live = len(engine.live)
+    running = min(step.running, live) if step else 0
+    total = facts.max_total_tokens
+    return {
+        "dp_rank": 0,
+        "num_running_reqs": running,
+        "num_waiting_reqs": live - running,
+        "num_waiting_uncached_tokens": step.waiting_uncached_tokens if step else 0,
+        "num_total_reqs": live,
+        "num_used_tokens": step.used_tokens if step else 0,
+        "max_total_num_tokens": total,
+        "token_usage": step.used_tokens / total if step else 0.0,
+        "gen_throughput": service.metrics.throughput.tokens_per_second(time.monotonic()),
+        "cache_hit_rate": cache_hit_rate(step) if step else 0.0,
+        "utilization": running / facts.max_running_requests,
+        "max_running_requests": facts.max_running_requests,
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("warmroute-worker")
+    except importlib.metadata.PackageNotFoundError:  # run from the source tree
+        return "unknown"
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=json_bytes(value), content_type="application/json")

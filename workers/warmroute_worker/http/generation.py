@@ -1,0 +1,129 @@
+"""The prompts of one HTTP request on their way through the engine.
+
+The endpoints differ only in how they write answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import TYPE_CHECKING, Self
+
+from warmroute_worker import messages
+from warmroute_worker.http.errors import ApiError, ErrorCode
+from warmroute_worker.http.service import token_limit
+from warmroute_worker.request_state import RequestState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from warmroute_worker.http.fields import Sampling
+    from warmroute_worker.http.service import Service
+
+
+class Generation:
+    """A context manager: entering submits all prompts, leaving takes back what is unfinished.
+
+    Leaving does not await, so a cancelled handler (its client has gone) cannot be cut in half.
+    """
+
+    def __init__(
+        self, service: Service, prompts: Sequence[list[int]], param: str, sampling: Sampling, *, stream: bool
+    ) -> None:
+        """Raises ApiError when the prompts (field `param`) cannot be taken."""
+        facts = service.admit(prompts, param)
+        self.id = uuid.uuid4().hex
+        self.states: list[RequestState] = []
+        self._engine = service.engine
+        self._changed = asyncio.Event()
+        self._requests: list[messages.Generate] = []
+        limit = token_limit(facts)
+        trimmed = frozenset((*facts.eos_token_ids, *sampling.stop_token_ids))
+        now = time.monotonic()
+        for index, prompt in enumerate(prompts):
+            rid = self.id if len(prompts) == 1 else f"{self.id}-{index}"
+            room = limit - len(prompt)
+            self.states.append(
+                RequestState(
+                    rid,
+                    len(prompt),
+                    service.tokenizer.detokenizer(prompt),
+                    sampling.stop,
+                    trimmed,
+                    self._changed,
+                    wants_steps=stream,
+                    now=now,
+                )
+            )
+            self._requests.append(
+                messages.Generate(
+                    rid=rid,
+                    token_ids=prompt,
+                    max_new_tokens=room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room),
+                    ignore_eos=sampling.ignore_eos,
+                    stop_token_ids=list(sampling.stop_token_ids),
+                    sampling=messages.Sampling(
+                        temperature=sampling.temperature,
+                        top_k=sampling.top_k,
+                        top_p=sampling.top_p,
+                        seed=sampling.seed,
+                    ),
+                )
+            )
+
+    def __enter__(self) -> Self:
+        for state, request in zip(self.states, self._requests, strict=True):
+            self._engine.submit(state, request)
+        self._requests.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for state in self.states:
+            self._engine.cancel(state)
+
+    async def begun(self) -> None:
+        """Until every prompt has its first token. Raises ApiError when one ends without."""
+        while any(state.cached_tokens is None and state.finish is None for state in self.states):
+            await self.step()
+        if (error := self.failure()) is not None:
+            raise error
+
+    async def step(self) -> None:
+        """Until something is new."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def finished(self) -> None:
+        """Until every prompt is answered. Raises ApiError when one failed."""
+        while any(state.finish is None for state in self.states):
+            await self.step()
+            if (error := self.failure()) is not None:
+                raise error
+
+    def failure(self) -> ApiError | None:
+        """What is wrong with the first prompt that failed."""
+        for state in self.states:
+            if state.finish is None or not state.finish.is_failure:
+                continue
+            if self._engine.failure is not None:
+                return ApiError(ErrorCode.ENGINE_FAILED, f"the engine has failed: {self._engine.failure}")
+            code = ErrorCode.DRAINING if state.finish.kind == "abort" else ErrorCode.GENERATION_FAILED
+            return ApiError(code, state.finish.message)
+        return None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(state.prompt_tokens for state in self.states)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(state.cached_tokens or 0 for state in self.states)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(state.output_ids) for state in self.states)
+
+    def cache_headers(self) -> Mapping[str, str]:
+        """For a router that does not want to read the body. Only once `begun`."""
+        return {"x-prompt-tokens": str(self.prompt_tokens), "x-cached-tokens": str(self.cached_tokens)}

@@ -1,0 +1,132 @@
+"""SGLang's own endpoint: /generate."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from warmroute_worker.http import fields
+from warmroute_worker.http.errors import invalid
+from warmroute_worker.http.generation import Generation
+from warmroute_worker.http.service import SERVICE
+from warmroute_worker.http.sse import event, json_bytes, stream_answer
+
+if TYPE_CHECKING:
+    from warmroute_worker.request_state import RequestState
+
+_NEW_TOKENS = 128
+"""SGLang's default for `max_new_tokens`."""
+
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "return_logprob": (False,),
+    "return_hidden_states": (False,),
+    "image_data": ([],),
+    "audio_data": ([],),
+    "video_data": ([],),
+    "input_embeds": (),
+    "lora_path": (),
+}
+_SAMPLING_REFUSED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "min_p": (0,),
+    "min_new_tokens": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+}
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    facts = service.open_facts()
+    body = fields.json_object(await request.read())
+    fields.refuse(body, _REFUSED)
+    fields.check_rank(body)
+    given = [name for name in ("text", "input_ids") if body.get(name) is not None]
+    if len(given) != 1:
+        raise invalid("give either `text` or `input_ids`", "text")
+    parameters = body.get("sampling_params") or {}
+    if not isinstance(parameters, dict):
+        raise invalid("`sampling_params` must be an object", "sampling_params")
+    fields.refuse(parameters, _SAMPLING_REFUSED, "sampling_params.")
+    seed = "seed" if parameters.get("sampling_seed") is None else "sampling_seed"
+    sampling = fields.sampling(
+        parameters, limit="max_new_tokens", default_limit=_NEW_TOKENS, seed=seed, prefix="sampling_params."
+    )
+    param, value = given[0], body[given[0]]
+    parsed = fields.prompts(value, param, facts.vocab_size)
+    batch = isinstance(value, list) and not isinstance(value[0], int)
+    stream = fields.boolean(body, "stream", False)
+    prompts = [await service.token_ids(prompt, param, add_special_tokens=True) for prompt in parsed]
+    generation = Generation(service, prompts, param, sampling, stream=stream)
+    if stream:
+        return await stream_answer(request, generation, _Chunks(generation, batch))
+    with generation:
+        await generation.finished()
+    answers = [
+        {"text": state.take_text(), "output_ids": state.output_ids, "meta_info": _meta_info(state)}
+        for state in generation.states
+    ]
+    return web.Response(
+        body=json_bytes(answers if batch else answers[0]),
+        content_type="application/json",
+        headers=generation.cache_headers(),
+    )
+
+
+class _Chunks:
+    """The events of one streamed answer (`sse.Dialect`). Each holds all text and ids so far, as SGLang's do.
+
+    Both grow as JSON, so that an event costs copying, not encoding, what came before.
+    """
+
+    def __init__(self, generation: Generation, batch: bool) -> None:
+        self._texts = [bytearray(b'"') for _ in generation.states]
+        self._ids = [bytearray() for _ in generation.states]
+        self._sent_ids = [0] * len(generation.states)
+        self._batch = batch
+
+    def opening(self, index: int) -> bytes:
+        del index
+        return b""
+
+    def progress(self, index: int, state: RequestState, text: str) -> bytes:
+        self._texts[index] += json_bytes(text)[1:-1]
+        if new := state.output_ids[self._sent_ids[index] :]:
+            self._ids[index] += (b"," if self._sent_ids[index] else b"") + json_bytes(new)[1:-1]
+            self._sent_ids[index] += len(new)
+        parts: list[bytes | bytearray] = [b'{"text":', self._texts[index], b'","output_ids":[', self._ids[index]]
+        parts.append(b'],"meta_info":')
+        parts += [json_bytes(_meta_info(state)), b',"index":%d}' % index if self._batch else b"}"]
+        return event(b"".join(parts))
+
+    def closing(self, generation: Generation) -> bytes:
+        del generation
+        return b""
+
+
+def _meta_info(state: RequestState) -> dict[str, Any]:
+    finish = state.finish
+    reason: dict[str, Any] | None = None
+    if finish is not None and not finish.is_failure:
+        reason = {"type": finish.kind}
+        if finish.kind == "stop":
+            reason["matched"] = finish.matched
+        else:
+            reason["length"] = len(state.output_ids)
+    return {
+        "id": state.rid,
+        "finish_reason": reason,
+        "prompt_tokens": state.prompt_tokens,
+        "completion_tokens": len(state.output_ids),
+        "cached_tokens": state.cached_tokens or 0,
+        "e2e_latency": time.monotonic() - state.arrived,
+        "weight_version": "default",
+    }

@@ -1,0 +1,228 @@
+"""OpenAI's endpoints: /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from warmroute_worker.http import fields
+from warmroute_worker.http.errors import invalid
+from warmroute_worker.http.generation import Generation
+from warmroute_worker.http.service import SERVICE
+from warmroute_worker.http.sse import event, json_bytes, stream_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from warmroute_worker.http.service import Service
+    from warmroute_worker.request_state import RequestState
+
+_COMPLETION_TOKENS = 16
+"""OpenAI's default for `max_tokens` of /v1/completions; a chat's is what the context holds."""
+
+_SAMPLING_REFUSED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "regex": (),
+    "ebnf": (),
+    "json_schema": (),
+}
+"""Fields that would change the answer and are not implemented, with the values that ask for nothing."""
+_CHAT_REFUSED = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "audio": (),
+    "modalities": (["text"],),
+    **_SAMPLING_REFUSED,
+}
+_COMPLETION_REFUSED = {
+    "response_format": ({"type": "text"},),
+    "logprobs": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    **_SAMPLING_REFUSED,
+}
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    service.open_facts()
+    body = fields.json_object(await request.read())
+    fields.refuse(body, _CHAT_REFUSED)
+    fields.check_rank(body)
+    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    sampling = fields.sampling(body, limit=limit, default_limit=None, seed="seed")
+    text = _chat_text(service, body)
+    stream = fields.boolean(body, "stream", False)
+    prompt = await service.token_ids(text, "messages", add_special_tokens=False)  # the template has written them
+    generation = Generation(service, [prompt], "messages", sampling, stream=stream)
+    return await _answer(request, generation, _CHAT, body, stream)
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    facts = service.open_facts()
+    body = fields.json_object(await request.read())
+    fields.refuse(body, _COMPLETION_REFUSED)
+    fields.check_rank(body)
+    sampling = fields.sampling(body, limit="max_tokens", default_limit=_COMPLETION_TOKENS, seed="seed")
+    given = fields.prompts(body.get("prompt"), "prompt", facts.vocab_size)
+    stream = fields.boolean(body, "stream", False)
+    prompts = [await service.token_ids(prompt, "prompt", add_special_tokens=True) for prompt in given]
+    generation = Generation(service, prompts, "prompt", sampling, stream=stream)
+    return await _answer(request, generation, _COMPLETION, body, stream)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """Where chats and completions differ."""
+
+    id_prefix: str
+    kind: str
+    chunk_kind: str
+    opening: dict[str, Any] | None
+    """First chunk of a stream; None: there is none."""
+    piece: Callable[[str], dict[str, Any]]
+    """A chunk with text; with "" the one that says how it finished."""
+    whole: Callable[[str], dict[str, Any]]
+
+
+_CHAT = _Format(
+    id_prefix="chatcmpl-",
+    kind="chat.completion",
+    chunk_kind="chat.completion.chunk",
+    opening={"delta": {"role": "assistant", "content": ""}},
+    piece=lambda text: {"delta": {"content": text} if text else {}},
+    whole=lambda text: {"message": {"role": "assistant", "content": text}},
+)
+_COMPLETION = _Format(
+    id_prefix="cmpl-",
+    kind="text_completion",
+    chunk_kind="text_completion",
+    opening=None,
+    piece=lambda text: {"text": text},
+    whole=lambda text: {"text": text},
+)
+
+
+async def _answer(
+    request: web.Request, generation: Generation, form: _Format, body: Mapping[str, Any], stream: bool
+) -> web.StreamResponse:
+    model = fields.text(body, "model", request.app[SERVICE].args.served_model_name)
+    common = {"id": form.id_prefix + generation.id, "created": int(time.time()), "model": model}
+    if stream:
+        return await stream_answer(request, generation, _Chunks(form, common, _include_usage(body)))
+    with generation:
+        await generation.finished()
+    choices = [
+        {"index": index, **form.whole(state.take_text()), "logprobs": None, "finish_reason": _finish_reason(state)}
+        for index, state in enumerate(generation.states)
+    ]
+    answer = {**common, "object": form.kind, "choices": choices, "usage": _usage(generation)}
+    return web.Response(body=json_bytes(answer), content_type="application/json", headers=generation.cache_headers())
+
+
+class _Chunks:
+    """The events of one streamed answer (`sse.Dialect`)."""
+
+    def __init__(self, form: _Format, common: dict[str, Any], include_usage: bool) -> None:
+        self._form = form
+        self._common = {**common, "object": form.chunk_kind}
+        self._include_usage = include_usage
+
+    def opening(self, index: int) -> bytes:
+        return b"" if self._form.opening is None else self._chunk(index, self._form.opening, None)
+
+    def progress(self, index: int, state: RequestState, text: str) -> bytes:
+        events = self._chunk(index, self._form.piece(text), None) if text else b""
+        if state.finish is not None and not state.finish.is_failure:
+            events += self._chunk(index, self._form.piece(""), _finish_reason(state))
+        return events
+
+    def closing(self, generation: Generation) -> bytes:
+        if not self._include_usage:
+            return b""
+        return event(json_bytes({**self._common, "choices": [], "usage": _usage(generation)}))
+
+    def _chunk(self, index: int, content: dict[str, Any], finish_reason: str | None) -> bytes:
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+        return event(json_bytes({**self._common, "choices": [choice]}))
+
+
+def _chat_text(service: Service, body: Mapping[str, Any]) -> str:
+    if service.chat_template is None:
+        raise invalid("this model has no chat template; use /v1/completions", "messages")
+    try:
+        return service.chat_template.render(_messages(body.get("messages")))
+    except ValueError as error:
+        raise invalid(str(error), "messages") from error
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise invalid("`messages` must be a list of at least one message", "messages")
+    messages = []
+    for index, message in enumerate(value):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise invalid(f"`{where}` must be an object with a `role`", where)
+        if message.get("tool_calls"):
+            raise invalid(f"`{where}.tool_calls` is not supported by this worker", f"{where}.tool_calls")
+        # Templates know `system`; `developer` is OpenAI's later name for it.
+        role = "system" if message["role"] == "developer" else message["role"]
+        messages.append({"role": role, "content": _content(message.get("content"), role, f"{where}.content")})
+    return messages
+
+
+def _content(value: Any, role: str, where: str) -> str:
+    """A string, or text parts, which are put together as they are."""
+    if isinstance(value, str):
+        return value
+    if value is None and role == "assistant":
+        return ""
+    if not isinstance(value, list):
+        raise invalid(f"`{where}` must be a string or a list of parts", where)
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise invalid(f"`{where}[{index}]`: only text parts are supported, not {kind!r}", f"{where}[{index}]")
+        if not isinstance(part.get("text"), str):
+            raise invalid(f"`{where}[{index}].text` must be a string", f"{where}[{index}].text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _include_usage(body: Mapping[str, Any]) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise invalid("`stream_options` must be an object", "stream_options")
+    return fields.boolean(options, "include_usage", False)
+
+
+def _usage(generation: Generation) -> dict[str, Any]:
+    return {
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": generation.completion_tokens,
+        "total_tokens": generation.prompt_tokens + generation.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+    }
+
+
+def _finish_reason(state: RequestState) -> str | None:
+    return None if state.finish is None else state.finish.kind

@@ -1,0 +1,144 @@
+"""The process that serves HTTP: `python -m warmroute_worker.http.process`, started by the supervisor only.
+
+Imports no torch. It answers from its first moment (503 until the driver is ready) to the end of its last request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from warmroute_worker import model_folder
+from warmroute_worker.args import WorkerArgs
+from warmroute_worker.chat import ChatTemplate
+from warmroute_worker.child_process import StatusPipe, die_with_parent, leave_signals_to_parent
+from warmroute_worker.engine_client import EngineClient, Phase
+from warmroute_worker.http.app import make_runner
+from warmroute_worker.http.service import Service
+from warmroute_worker.metrics import Metrics
+from warmroute_worker.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LAST_WORDS_SECONDS = 1.0
+"""After the engine's death: running requests get their errors and health checks their 503 before the port closes."""
+FLUSH_SECONDS = 1.0
+"""For answers that are complete but not yet written when the process ends."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--engine-fd", type=int, required=True, help="this process's end of the socket pair")
+    parser.add_argument("--listener-fd", type=int, required=True)
+    parser.add_argument("--status-fd", type=int, required=True)
+    parser.add_argument("--worker-args", type=WorkerArgs.from_json, required=True)
+    options = parser.parse_args()
+    die_with_parent(options.parent_pid)
+    leave_signals_to_parent()
+    args: WorkerArgs = options.worker_args
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    status = StatusPipe(options.status_fd)
+    try:
+        service = load_service(args)
+    except (LookupError, ValueError) as error:
+        status.failed(str(error))
+        return 1
+    listener = socket.socket(fileno=options.listener_fd)
+    engine_socket = socket.socket(fileno=options.engine_fd)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(serve(service, listener, engine_socket, status))
+
+
+def load_service(args: WorkerArgs) -> Service:
+    """The text side of the model. Raises LookupError or ValueError with one line."""
+    folder = model_folder.resolve(args.model_path)
+    metrics = Metrics(args.served_model_name)
+    engine = EngineClient(metrics)
+    metrics.follow(engine.current_load, time.monotonic)
+    return Service(
+        args=args,
+        tokenizer=Tokenizer.from_folder(folder),
+        chat_template=ChatTemplate.from_folder(folder),
+        engine=engine,
+        metrics=metrics,
+        created=int(time.time()),
+    )
+
+
+async def serve(service: Service, listener: socket.socket, engine_socket: socket.socket, status: StatusPipe) -> int:
+    """Until SIGTERM (0) or the engine's death (1)."""
+    loop = asyncio.get_running_loop()
+    engine = service.engine
+    drain = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, drain.set)
+    runner = make_runner(service, FLUSH_SECONDS)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    await loop.create_unix_connection(lambda: engine, sock=engine_socket)
+    watching = asyncio.create_task(_watch(engine, status))
+    draining = asyncio.create_task(_drain(service, drain))
+    try:
+        await asyncio.wait((watching, draining), return_when=asyncio.FIRST_COMPLETED)
+        if not watching.done():
+            engine.shut_down()
+            return 0
+        if watching.result() is not Phase.STARTING:
+            await asyncio.sleep(LAST_WORDS_SECONDS)
+        return 1
+    finally:
+        for task in (watching, draining):
+            task.cancel()
+        await runner.cleanup()
+
+
+async def _watch(engine: EngineClient, status: StatusPipe) -> Phase:
+    """Reports what becomes of the engine; returns at its end with the phase in which that happened."""
+    before = engine.phase
+    while True:
+        await engine.phase_changed.wait()
+        engine.phase_changed.clear()
+        if engine.phase is Phase.FAILED:
+            if engine.failed_with_words:
+                status.failed(str(engine.failure))
+            return before
+        before = engine.phase
+        if engine.phase is Phase.READY and engine.facts is not None:
+            facts = engine.facts
+            status.ready(
+                f"{facts.model_type} on {facts.device}, {facts.dtype}, context {facts.context_length} tokens, "
+                f"KV pool {facts.max_total_tokens} tokens"
+            )
+
+
+async def _drain(service: Service, told: asyncio.Event) -> None:
+    """Once told: takes no more requests, and returns when the last is answered or has had its `drain_timeout`."""
+    await told.wait()
+    service.draining = True
+    try:
+        async with asyncio.timeout(service.args.drain_timeout):
+            await service.engine.idle.wait()
+    except TimeoutError:
+        pass
+    service.engine.fail_all("the worker is shutting down and this request did not finish in time")
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

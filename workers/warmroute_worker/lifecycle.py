@@ -1,0 +1,118 @@
+"""When the worker's processes are told to end or killed, and the exit code: the supervisor's decisions, without IO.
+
+Time is an argument, what is to be done is the return value.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from dataclasses import dataclass, field
+
+KILL_AFTER_SECONDS = 2.5
+"""How long the rest may take once one process is dead. With `http.process.LAST_WORDS_SECONDS` in it, below the 5 s in
+which a worker whose engine died has to be gone."""
+DRAIN_GRACE_SECONDS = 5.0
+"""On top of `--drain-timeout`, for the processes to end by themselves."""
+
+
+class Part(enum.Enum):
+    HTTP = "HTTP"
+    DRIVER = "engine"
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What the supervisor does now."""
+
+    say: str | None = None
+    """One line for stderr."""
+    forward: int | None = None
+    """A signal for the HTTP process."""
+    kill: bool = False
+    """SIGKILL for everything that lives."""
+
+
+@dataclass
+class Lifecycle:
+    """Starting, ready, draining (told to end), ending (a part has died: `_deadline` is set), over (no part lives)."""
+
+    drain_timeout: float
+    address: str
+    _alive: set[Part] = field(default_factory=lambda: set(Part))
+    _draining: bool = False
+    _deadline: float | None = None
+    _served: bool = False
+    _cause: str | None = None
+    _interrupted_by: int | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        """When `tick` has something to do."""
+        return self._deadline
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while a part lives."""
+        if self._alive:
+            return None
+        if self._interrupted_by is not None:
+            return 128 + self._interrupted_by
+        return 0 if self._cause is None else 1
+
+    @property
+    def cause(self) -> str | None:
+        """The first thing that went wrong."""
+        return self._cause
+
+    def ready(self, text: str) -> Actions:
+        return Actions(say=f"ready on {self.address} ({text})")
+
+    def failed(self, message: str) -> Actions:
+        """The driver, or the HTTP process, said why it cannot go on. Its own words beat what its exit looks like."""
+        self._cause = message
+        return Actions()
+
+    def terminated(self, number: int, now: float) -> Actions:
+        """SIGTERM or SIGINT: the first drains, the second kills."""
+        if self._draining:
+            self._interrupted_by = number
+            return Actions(kill=True)
+        self._draining = True
+        if self._deadline is None:
+            self._deadline = now + self.drain_timeout + DRAIN_GRACE_SECONDS
+        return Actions(forward=signal.SIGTERM)
+
+    def exited(self, part: Part, pid: int, return_code: int, now: float) -> Actions:
+        """`return_code`: negative for the signal that killed it."""
+        self._alive.discard(part)
+        clean = self._draining and return_code in (0, -signal.SIGTERM)
+        if clean and part is Part.HTTP:
+            # Every request is answered. How the driver ends, which loses its only peer, does not matter any more, and
+            # it may well have ended before its peer was seen to.
+            self._served = True
+            self._cause = None
+        if not clean and not self._served and self._cause is None and self._interrupted_by is None:
+            self._cause = f"the {part.value} process (pid {pid}) {_ending(return_code)}"
+        end = now + KILL_AFTER_SECONDS
+        self._deadline = end if self._deadline is None else min(self._deadline, end)
+        # Nothing runs without the HTTP process; the driver's death it sees itself and ends what runs with an error.
+        return Actions(kill=part is Part.HTTP and not clean)
+
+    def tick(self, now: float) -> Actions:
+        if self._deadline is None or now < self._deadline:
+            return Actions()
+        if self._draining and self._cause is None and len(self._alive) == len(Part):
+            self._cause = "the processes did not end in time after SIGTERM"
+        return Actions(kill=True)
+
+
+def _ending(return_code: int) -> str:
+    if return_code >= 0:
+        return f"exited with code {return_code}"
+    try:
+        name = signal.Signals(-return_code).name
+    except ValueError:
+        name = f"signal {-return_code}"
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"

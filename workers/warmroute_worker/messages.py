@@ -1,0 +1,197 @@
+"""What the HTTP process and the driver say to each other over one unix socketpair.
+
+A frame is a 4-byte little-endian length and a msgpack map; its key `type` names the class, the others are the fields.
+The driver writes at most one `StepOutput` per step, for all requests together. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgpack
+
+MAX_FRAME_BYTES = 256 << 20
+"""A longer length is a broken stream, not a message: a prompt of 10 million token ids is 50 MB."""
+
+
+# ---- to the driver
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` below 1 and `top_p` 1 switch the filter off."""
+
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    seed: int | None = None
+    """None: drawn from `--random-seed` and the request's number. The same seed gives the same tokens in any batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Start a request. It is answered by rows of `StepOutput`, the last of which has a `finish_reason`."""
+
+    rid: str
+    token_ids: list[int]
+    max_new_tokens: int
+    """Cut down by the scheduler to what context and pool hold; then the request ends with `length`."""
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = dataclasses.field(default_factory=list)
+    """End the request besides the model's own eos ids; heeded even with `ignore_eos`."""
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request in whatever state it is; an unknown or finished `rid` is no error. Answered by a row `abort`."""
+
+    rid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Empty the prefix cache; refused while requests run or wait. Answered by `FlushResult` with the same `id`."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Leave now: running requests are not answered any more."""
+
+
+# ---- from the driver
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The first message when all went well: what the driver really runs with."""
+
+    context_length: int
+    vocab_size: int
+    max_total_tokens: int
+    """Tokens the KV pool holds."""
+    page_size: int
+    max_running_requests: int
+    eos_token_ids: list[int]
+    model_type: str
+    architectures: list[str]
+    dtype: str
+    device: str
+    weight_bytes: int
+    kv_pool_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The first and last message when the driver could not start: one line for the user."""
+
+    message: str
+
+
+class Row(NamedTuple):
+    """What one step brought to one request."""
+
+    rid: str
+    token_ids: list[int]
+    """New tokens. With `stop` the last one is the eos or stop token that ended it: count it, do not print it."""
+    finish_reason: str | None
+    """`stop`, `length`, `abort` or `error` in the last row of a request, None before."""
+    cached_tokens: int
+    """Prompt tokens found in the prefix cache; the same in every row of the request."""
+    error: str | None
+    """One line, only with finish_reason `error`; such a request got no tokens because it could never run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The scheduler after a step. Totals only grow."""
+
+    running: int
+    waiting: int
+    used_tokens: int
+    """KV pool tokens that running requests hold, cached pages they share included; `total_tokens` is all."""
+    total_tokens: int
+    cached_tokens_total: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    evicted_tokens_total: int
+    waiting_uncached_tokens: int
+    """Prompt tokens of waiting requests that were not in the prefix cache when they came."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    rows: list[Row]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class FlushResult:
+    id: int
+    ok: bool
+    message: str
+
+
+Message = Generate | Abort | Flush | Shutdown | Ready | Failed | StepOutput | FlushResult
+
+_CLASSES: dict[str, type[Any]] = {
+    cls.__name__: cls for cls in (Generate, Abort, Flush, Shutdown, Ready, Failed, StepOutput, FlushResult)
+}
+_LENGTH = struct.Struct("<I")
+
+
+def encode(message: Message) -> bytes:
+    """One whole frame, length included."""
+    payload: bytes = msgpack.packb({"type": type(message).__name__, **_fields(message)}, default=_fields)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def decode(payload: bytes | memoryview) -> Message:
+    """The message of one frame without its length. Raises ValueError for anything that `encode` does not write."""
+    try:
+        fields = msgpack.unpackb(payload)
+        cls = _CLASSES[fields.pop("type")]
+        if cls is Generate:
+            fields["sampling"] = Sampling(**fields["sampling"])
+        elif cls is StepOutput:
+            fields["rows"] = [Row(*row) for row in fields["rows"]]
+            fields["load"] = Load(**fields["load"])
+        message: Message = cls(**fields)
+    except (KeyError, TypeError, AttributeError, ValueError, msgpack.UnpackException) as error:
+        raise ValueError(f"not a message of the worker: {error!r}") from error
+    return message
+
+
+class FrameReader:
+    """Turns the pieces in which a stream arrives into messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that `data` completes, in order. Raises ValueError for a broken stream, which stays broken."""
+        buffer = self._buffer
+        buffer += data
+        messages: list[Message] = []
+        start = 0
+        while len(buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
+            end = start + _LENGTH.size + length
+            if len(buffer) < end:
+                break
+            messages.append(decode(bytes(buffer[start + _LENGTH.size : end])))
+            start = end
+        del buffer[:start]
+        return messages
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """One level of a dataclass; msgpack comes back for the dataclasses inside."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

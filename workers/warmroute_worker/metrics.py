@@ -1,0 +1,154 @@
+"""What GET /metrics says: SGLang's names (`sglang:`), so that its dashboards and routers can read this worker.
+
+Token and load numbers are the driver's (`Load`, one per step) and are copied at scrape; the HTTP process adds what only
+it knows: requests, times, aborts. `Metrics` is written on the event loop only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from prometheus_client.metrics_core import Metric
+
+    from warmroute_worker.messages import Load
+
+_FIRST_TOKEN_BUCKETS = (
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.2,
+    0.4,
+    0.6,
+    0.8,
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+)
+"""SGLang's begin at 0.1 s, above what a cached prompt takes here."""
+_TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 4)
+_REQUEST_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1, 2, 5, 10, 20, 40, 60, 100, 200, 400)
+
+
+class Throughput:
+    """Generated tokens per second over the last whole window; 0 when the engine is idle. Pure."""
+
+    WINDOW_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._tokens_then = 0
+        self._rate = 0.0
+
+    def observe(self, generation_tokens_total: int, now: float) -> None:
+        """Called for each step."""
+        elapsed = now - self._since
+        if elapsed < self.WINDOW_SECONDS:
+            return
+        idle = elapsed > 2 * self.WINDOW_SECONDS  # nothing came for a while: this step starts a new window
+        self._rate = 0.0 if idle else (generation_tokens_total - self._tokens_then) / elapsed
+        self._since, self._tokens_then = now, generation_tokens_total
+
+    def tokens_per_second(self, now: float) -> float:
+        return self._rate if now - self._since <= 2 * self.WINDOW_SECONDS else 0.0
+
+
+class Metrics:
+    """One registry per worker: nothing global, so that tests can hold several."""
+
+    def __init__(self, model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
+        self.throughput = Throughput()
+        self.requests = self._counter("sglang:num_requests", "Requests that ended")
+        self.aborted = self._counter("sglang:num_aborted_requests", "Requests whose client left or that were aborted")
+        self.time_to_first_token = self._histogram(
+            "sglang:time_to_first_token_seconds", "Arrival to first token", _FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token_latency = self._histogram(
+            "sglang:inter_token_latency_seconds", "Between two tokens of an answer", _TOKEN_BUCKETS
+        )
+        self.request_latency = self._histogram(
+            "sglang:e2e_request_latency_seconds", "Arrival to last token", _REQUEST_BUCKETS
+        )
+
+    def follow(self, load: Callable[[], tuple[Load, int] | None], clock: Callable[[], float]) -> None:
+        """Where to read the driver's last `Load` and the size of the batch, None before the engine is ready."""
+        self._registry.register(_LoadCollector(load, self.throughput, clock, self._labels))
+
+    def exposition(self) -> bytes:
+        """Prometheus text."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, list(self._labels), registry=self._registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(name, text, list(self._labels), registry=self._registry, buckets=buckets)
+        return histogram.labels(**self._labels)
+
+
+class _LoadCollector:
+    def __init__(
+        self,
+        load: Callable[[], tuple[Load, int] | None],
+        throughput: Throughput,
+        clock: Callable[[], float],
+        labels: dict[str, str],
+    ) -> None:
+        self._load = load
+        self._throughput = throughput
+        self._clock = clock
+        self._labels = labels
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: otherwise registering would collect, before there is a load."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        current = self._load()
+        if current is None:
+            return
+        load, max_running_requests = current
+        for name, text, value in (
+            ("sglang:num_running_reqs", "Requests in the batch", load.running),
+            ("sglang:num_queue_reqs", "Requests that wait", load.waiting),
+            ("sglang:num_used_tokens", "KV pool tokens in use by requests", load.used_tokens),
+            ("sglang:max_total_num_tokens", "KV pool tokens", load.total_tokens),
+            ("sglang:token_usage", "Share of the KV pool in use", load.used_tokens / max(load.total_tokens, 1)),
+            ("sglang:cache_hit_rate", "Cached share of all prompt tokens", cache_hit_rate(load)),
+            ("sglang:gen_throughput", "Generated tokens/s", self._throughput.tokens_per_second(self._clock())),
+            ("sglang:utilization", "Share of the batch in use", load.running / max_running_requests),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=list(self._labels))
+            gauge.add_metric(list(self._labels.values()), value)
+            yield gauge
+        for name, text, value in (
+            ("sglang:prompt_tokens", "Prompt tokens admitted", load.prompt_tokens_total),
+            ("sglang:cached_tokens", "Prompt tokens found in the prefix cache", load.cached_tokens_total),
+            ("sglang:generation_tokens", "Tokens generated", load.generation_tokens_total),
+            ("sglang:evicted_tokens", "Tokens evicted from the prefix cache", load.evicted_tokens_total),
+        ):
+            counter = CounterMetricFamily(name, text, labels=list(self._labels))
+            counter.add_metric(list(self._labels.values()), value)
+            yield counter
+
+
+def cache_hit_rate(load: Load) -> float:
+    """Cached over all prompt tokens admitted since the start."""
+    return load.cached_tokens_total / load.prompt_tokens_total if load.prompt_tokens_total else 0.0

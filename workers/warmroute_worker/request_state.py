@@ -1,0 +1,122 @@
+"""One prompt in the engine's hands, as the HTTP process sees it: ids come in, text goes out.
+
+Written by `engine_client` when a frame arrives, read by the handler that waits for it; both on the event loop. Time is
+passed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from warmroute_worker.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Sequence
+
+    from warmroute_worker.tokenizer import Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why an answer ended."""
+
+    kind: Literal["stop", "length", "abort", "error"]
+    matched: str | int | None = None
+    """With `stop`: the stop string, or the id of the token that ended the answer."""
+    message: str = ""
+    """With `abort` and `error`: one line."""
+
+    @property
+    def is_failure(self) -> bool:
+        return self.kind in ("abort", "error")
+
+
+class RequestState:
+    """Invariant: nothing changes any more once `finish` is set."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_pending",
+        "_stop",
+        "_trimmed",
+        "arrived",
+        "cached_tokens",
+        "changed",
+        "finish",
+        "last_token_at",
+        "output_ids",
+        "prompt_tokens",
+        "rid",
+        "wants_steps",
+    )
+
+    def __init__(
+        self,
+        rid: str,
+        prompt_tokens: int,
+        detokenizer: Detokenizer,
+        stop_strings: Sequence[str],
+        trimmed_ids: frozenset[int],
+        changed: asyncio.Event,
+        wants_steps: bool,
+        now: float,
+    ) -> None:
+        """`trimmed_ids`: ids that end an answer and are not part of its text, when the engine stops at one.
+
+        `changed` is set after each step when `wants_steps`, else only at the first token and at the end.
+        """
+        self.rid = rid
+        self.prompt_tokens = prompt_tokens
+        self.cached_tokens: int | None = None
+        """None until the first token; then what the engine found in its prefix cache."""
+        self.output_ids: list[int] = []
+        self.finish: Finish | None = None
+        self.arrived = now
+        self.last_token_at: float | None = None
+        self.changed = changed
+        self.wants_steps = wants_steps
+        self._detokenizer = detokenizer
+        self._stop = StopStrings(stop_strings)
+        self._trimmed = trimmed_ids
+        self._pending: list[str] = []
+
+    def __repr__(self) -> str:
+        end = f", {self.finish.kind}" if self.finish else ""
+        return f"<RequestState {self.rid}: {self.prompt_tokens} + {len(self.output_ids)} tokens{end}>"
+
+    def advance(
+        self, token_ids: Sequence[int], finish_reason: str | None, cached_tokens: int, error: str | None
+    ) -> bool:
+        """Takes one row of a step. Returns whether a stop string ended the answer before the engine did."""
+        first = self.cached_tokens is None
+        if first:
+            self.cached_tokens = cached_tokens
+        self.output_ids += token_ids
+        ends_at = self.output_ids[-1] if finish_reason == "stop" and self.output_ids else None
+        trimmed = ends_at is not None and ends_at in self._trimmed and bool(token_ids)
+        text = self._stop.feed(self._detokenizer.feed(token_ids[:-1] if trimmed else token_ids))
+        stopped_here = self._stop.matched is not None
+        if stopped_here:
+            self.finish = Finish("stop", self._stop.matched)
+        elif finish_reason in ("stop", "length"):
+            text += self._stop.finish()
+            self.finish = Finish("stop", ends_at) if finish_reason == "stop" else Finish("length")
+        elif finish_reason is not None:
+            self.fail("abort" if finish_reason == "abort" else "error", error or "the engine gave no reason")
+        if text:
+            self._pending.append(text)
+        if first or self.wants_steps or self.finish is not None:
+            self.changed.set()
+        return stopped_here and finish_reason is None
+
+    def fail(self, kind: Literal["abort", "error"], message: str) -> None:
+        self.finish = Finish(kind, message=message)
+        self.changed.set()
+
+    def take_text(self) -> str:
+        """The text that is new since the last call."""
+        text = "".join(self._pending)
+        self._pending.clear()
+        return text

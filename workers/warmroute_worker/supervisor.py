@@ -1,0 +1,154 @@
+"""The parent of the worker's processes: starts them, passes signals on, and ends all when one ends. Imports no torch.
+
+It owns the listening socket until both processes have started, and afterwards nothing but their pids. Every decision is
+`lifecycle.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from warmroute_worker import model_folder
+from warmroute_worker.lifecycle import Actions, Lifecycle, Part
+
+if TYPE_CHECKING:
+    from warmroute_worker.args import WorkerArgs
+
+HTTP_MODULE = "warmroute_worker.http.process"
+DRIVER_MODULE = "warmroute_worker.driver_process"
+"""What `python -m` runs; tests put a scripted driver here."""
+
+_BACKLOG = 1024
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StartError(Exception):
+    """The worker cannot start; the message is one line."""
+
+
+def run(args: WorkerArgs) -> int:
+    """Serves until a signal or a death; returns the exit code. Raises StartError."""
+    try:
+        model_folder.resolve(args.model_path)
+    except LookupError as error:
+        raise StartError(str(error)) from error
+    return _Supervisor(args, _listen(args)).run()
+
+
+def _listen(args: WorkerArgs) -> socket.socket:
+    """Connections wait from now on, in the kernel, for the HTTP process."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else str(error)
+        raise StartError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
+
+
+class _Supervisor:
+    def __init__(self, args: WorkerArgs, listener: socket.socket) -> None:
+        self._args = args
+        host, port = listener.getsockname()[:2]
+        url_host = f"[{host}]" if ":" in host else host
+        self._lifecycle = Lifecycle(args.drain_timeout, f"http://{url_host}:{port}")
+        self._selector = selectors.DefaultSelector()
+        self._listen_for_signals()
+        self._processes = self._start(listener)
+
+    def run(self) -> int:
+        while (code := self._lifecycle.exit_code) is None:
+            deadline = self._lifecycle.deadline
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            for key, _ in self._selector.select(timeout):
+                self._do(key.data())
+            self._reap()
+            self._do(self._lifecycle.tick(time.monotonic()))
+        self._read_status()
+        if self._lifecycle.cause is not None:
+            self._say(self._lifecycle.cause)
+        return code
+
+    def _start(self, listener: socket.socket) -> dict[Part, subprocess.Popen[bytes]]:
+        http_end, driver_end = socket.socketpair()
+        status_read, status_write = os.pipe()
+        os.set_blocking(status_read, False)
+        self._status_fd = status_read
+        self._selector.register(status_read, selectors.EVENT_READ, self._read_status)
+        # The driver first: it takes seconds to import torch. Each end of the pair must have one owner only, or its
+        # death would not be seen at the other; so descriptors are passed by number and closed here.
+        driver = self._spawn(DRIVER_MODULE, {"--engine-fd": driver_end.fileno()})
+        http = self._spawn(
+            HTTP_MODULE,
+            {"--engine-fd": http_end.fileno(), "--listener-fd": listener.fileno(), "--status-fd": status_write},
+        )
+        for end in (http_end, driver_end, listener):
+            end.close()
+        os.close(status_write)
+        return {Part.DRIVER: driver, Part.HTTP: http}
+
+    def _spawn(self, module: str, descriptors: dict[str, int]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", module, "--parent-pid", str(os.getpid())]
+        for flag, descriptor in descriptors.items():
+            command += [flag, str(descriptor)]
+        command += ["--worker-args", self._args.to_json()]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=list(descriptors.values()))
+
+    def _listen_for_signals(self) -> None:
+        """Signals become readable bytes, so that the loop has one place to wait."""
+        self._signals, write_end = socket.socketpair()
+        self._signals.setblocking(False)
+        write_end.setblocking(False)
+        self._signal_end = write_end  # kept open: the interpreter only knows its number
+        signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+        for number in (*_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        self._selector.register(self._signals, selectors.EVENT_READ, self._read_signals)
+
+    def _read_signals(self) -> Actions:
+        actions = Actions()
+        for number in self._signals.recv(64):
+            if number in _SIGNALS:
+                self._do(actions)
+                actions = self._lifecycle.terminated(number, time.monotonic())
+        return actions
+
+    def _read_status(self) -> Actions:
+        """Passes on what the HTTP process has reported. Lines are written whole (`StatusPipe`)."""
+        try:
+            data = os.read(self._status_fd, 65536)
+        except BlockingIOError:
+            return Actions()
+        if not data and self._status_fd in self._selector.get_map():
+            self._selector.unregister(self._status_fd)
+        for line in data.splitlines():
+            event = json.loads(line)
+            report = self._lifecycle.ready if event["event"] == "ready" else self._lifecycle.failed
+            self._do(report(event["text"]))
+        return Actions()
+
+    def _reap(self) -> None:
+        for part, process in list(self._processes.items()):
+            code = process.poll()
+            if code is not None:
+                del self._processes[part]
+                self._do(self._lifecycle.exited(part, process.pid, code, time.monotonic()))
+
+    def _do(self, actions: Actions) -> None:
+        if actions.say is not None and self._args.log_level in ("debug", "info"):
+            self._say(actions.say)
+        if actions.forward is not None and Part.HTTP in self._processes:
+            self._processes[Part.HTTP].send_signal(actions.forward)
+        if actions.kill:
+            for process in self._processes.values():
+                process.kill()
+
+    def _say(self, line: str) -> None:
+        print(f"launch_worker: {line}", file=sys.stderr, flush=True)
