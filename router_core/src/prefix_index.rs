@@ -7,7 +7,7 @@
 //!
 //! **What is kept.** For each block key an entry of 16 bytes; in it the targets (holders) that were sent the prompt up to that
 //! block, each with a stamp of the target's own clock. A holder is *resident* while its target has been sent less than one
-//! capacity of new text since ([`clock`]). A key stands for the whole prompt up to its block, so entries may be lost one by one
+//! capacity of new text since (`clock`). A key stands for the whole prompt up to its block, so entries may be lost one by one
 //! without making a claim wrong, and a match is the deepest resident block, gaps or not.
 //!
 //! ```text
@@ -19,7 +19,7 @@
 //! ```
 //!
 //! **Invariant.** No stored stamp is older than its 20 bits can tell: each advance of a clock sweeps the share of the table that it
-//! owes ([`clock::CYCLE_QUANTA`]), and a sweep drops what is not resident.
+//! owes (`clock::CYCLE_QUANTA`), and a sweep drops what is not resident.
 
 mod clock;
 mod rows;
@@ -45,6 +45,9 @@ const BUCKETS_PER_ROW: usize = 8;
 
 /// Buckets swept by each stamp whatever the clocks owe, so that an idle fleet's table is cleaned too.
 const BUCKETS_PER_STAMP: usize = 2;
+
+/// Blocks whose cache lines a lookup fetches side by side: two lines each, as many as a core has under way at once.
+const BLOCKS_TOGETHER: usize = 16;
 
 /// Where things are in the memory of an index. A function of its two sizes only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,13 +193,17 @@ impl PrefixIndex<'_> {
     /// How much of the prompt `blocks` each target holds, for all targets in one walk.
     pub fn lookup(&self, blocks: &[Block], matches: &mut Matches) {
         matches.clear();
-        for (block, depth) in blocks.iter().zip(1..) {
-            if let Some(position) = self.store.table.find(block.key) {
-                self.store.each_holder(position, |holder| {
-                    if self.clocks.age(holder).is_some() {
-                        matches.hold(holder.slot(), depth);
-                    }
-                });
+        let mut depths = 1..;
+        for together in blocks.chunks(BLOCKS_TOGETHER) {
+            self.store.table.warm(together.iter().map(|block| block.key));
+            for (block, depth) in together.iter().zip(&mut depths) {
+                if let Some(position) = self.store.table.find(block.key) {
+                    self.store.each_holder(position, |holder| {
+                        if self.clocks.age(holder).is_some() {
+                            matches.hold(holder.slot(), depth);
+                        }
+                    });
+                }
             }
         }
         matches.settle(blocks);

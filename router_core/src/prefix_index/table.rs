@@ -88,6 +88,28 @@ impl<'m> Table<'m> {
         None
     }
 
+    /// How many places of a bucket are free, and the position of one of them.
+    pub(super) fn free_places(&self, bucket: usize) -> (usize, u32) {
+        let words = &self.words[bucket * BUCKET_WORDS..][..BUCKET_WORDS];
+        let (mut count, mut free) = (0, 0);
+        for place in 0..ENTRIES {
+            if words[2 * place] & KIND_MASK == EMPTY {
+                count += 1;
+                free = bucket * ENTRIES + place;
+            }
+        }
+        (count, free as u32)
+    }
+
+    /// Bring the buckets of `keys` near: their cache lines are fetched side by side here, where finding the keys one by one would
+    /// wait for each.
+    #[inline]
+    pub(super) fn warm(&self, keys: impl Iterator<Item = u64>) {
+        let lines = keys.flat_map(|key| self.candidates(key)).map(|bucket| self.words[bucket * BUCKET_WORDS]);
+        // The loads are the purpose, not what they add up to.
+        std::hint::black_box(lines.fold(0, |all, word| all ^ word));
+    }
+
     /// The entry at a position; empty if there is no such position or what stands there cannot be an entry.
     #[inline]
     pub(super) fn entry(&self, position: u32) -> Entry {

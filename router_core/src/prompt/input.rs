@@ -65,38 +65,30 @@ impl<'de, 'r> Visitor<'de> for InputSeed<'r> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Input<'r>, A::Error> {
         let mut bytes = Vec::new();
-        let first = seq.next_element_seed(Any(Element { ids: &mut bytes, depth: 0 }))?;
-        let Some(first) = first else { return Ok(Input::Wrong(EMPTY)) };
-        let mut stream = BlockStream::new(self.hash, TEXT_BLOCKS);
-        let (mut other_bytes, mut batch) = (0, 1);
-        let mut is_wrong = false;
-        let kind = match first {
-            ElementKind::Id => InputKind::Ids,
-            ElementKind::Ids(_) => InputKind::Ids,
-            ElementKind::Text(_) => InputKind::Text,
-            ElementKind::Wrong => InputKind::Text,
+        let Some(first) = seq.next_element_seed(Any(Element { out: &mut bytes, depth: 0 }))? else {
+            return Ok(Input::Wrong(EMPTY));
         };
-        if first == ElementKind::Id {
-            // One list of ids: all elements go into the same prompt.
-            while let Some(element) = seq.next_element_seed(Any(Element { ids: &mut bytes, depth: 0 }))? {
-                is_wrong |= element != ElementKind::Id;
-            }
-            stream.text(&bytes);
-        } else {
+        let kind = if matches!(first, ElementKind::Text(_)) { InputKind::Text } else { InputKind::Ids };
+        let mut stream = BlockStream::new(self.hash, TEXT_BLOCKS);
+        if first != ElementKind::Id {
             stream.text(&bytes);
             bytes.clear();
-            while let Some(element) = seq.next_element_seed(Any(Element { ids: &mut bytes, depth: 0 }))? {
-                match (first, element) {
-                    (ElementKind::Text(_), ElementKind::Text(length))
-                    | (ElementKind::Ids(_), ElementKind::Ids(length)) => {
-                        other_bytes += length;
-                    }
-                    _ => is_wrong = true,
-                }
-                batch += 1;
-                bytes.clear();
-            }
         }
+        let (mut other_bytes, mut batch) = (0, 1);
+        let mut is_wrong = false;
+        while let Some(element) = seq.next_element_seed(Any(Element { out: &mut bytes, depth: 0 }))? {
+            match (first, element) {
+                // One prompt of many ids, which are fed together below.
+                (ElementKind::Id, ElementKind::Id) => continue,
+                (ElementKind::Text(_), ElementKind::Text(length)) | (ElementKind::Ids(_), ElementKind::Ids(length)) => {
+                    other_bytes += length;
+                    batch += 1;
+                }
+                _ => is_wrong = true,
+            }
+            bytes.clear();
+        }
+        stream.text(&bytes);
         if is_wrong || first == ElementKind::Wrong {
             return Ok(Input::Wrong(WRONG));
         }
@@ -116,7 +108,7 @@ enum ElementKind {
 }
 
 struct Element<'o> {
-    ids: &'o mut Vec<u8>,
+    out: &'o mut Vec<u8>,
     /// 1 inside a list of lists, where only ids may stand.
     depth: u8,
 }
@@ -132,7 +124,7 @@ impl<'de> Visitor<'de> for Element<'_> {
 
     fn visit_u64<E>(self, id: u64) -> Result<ElementKind, E> {
         let Ok(id) = u32::try_from(id) else { return Ok(ElementKind::Wrong) };
-        self.ids.extend_from_slice(&id.to_le_bytes());
+        self.out.extend_from_slice(&id.to_le_bytes());
         Ok(ElementKind::Id)
     }
 
@@ -148,7 +140,7 @@ impl<'de> Visitor<'de> for Element<'_> {
         if self.depth > 0 {
             return Ok(ElementKind::Wrong);
         }
-        self.ids.extend_from_slice(text.as_bytes());
+        self.out.extend_from_slice(text.as_bytes());
         Ok(ElementKind::Text(text.len() as u64))
     }
 
@@ -156,11 +148,11 @@ impl<'de> Visitor<'de> for Element<'_> {
         if self.depth > 0 {
             return Skip::default().visit_seq(seq).map(|()| ElementKind::Wrong);
         }
-        let start = self.ids.len();
+        let start = self.out.len();
         let mut is_wrong = false;
-        while let Some(element) = seq.next_element_seed(Any(Element { ids: self.ids, depth: 1 }))? {
+        while let Some(element) = seq.next_element_seed(Any(Element { out: self.out, depth: 1 }))? {
             is_wrong |= element != ElementKind::Id;
         }
-        Ok(if is_wrong { ElementKind::Wrong } else { ElementKind::Ids((self.ids.len() - start) as u64) })
+        Ok(if is_wrong { ElementKind::Wrong } else { ElementKind::Ids((self.out.len() - start) as u64) })
     }
 }
