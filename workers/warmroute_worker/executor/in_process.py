@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from warmroute_worker.step_plan import StepPlan
 
 
+SINGLE_THREAD_BYTES = 64 << 20
+"""Weights that do not fit a core's share of cache are read faster by several threads, whatever the batch."""
+
+SINGLE_THREAD_PRODUCTS = 1 << 28
+"""Multiplications of a step below which waking threads for some ten operations per layer costs more than they save.
+Demo model on 2 busy cores: decode of 8 sequences 2.8 ms with one thread and 6.3 with two, prefill of 1,024 tokens 319
+and 267 ms."""
+
+
 class InProcessExecutor:
     """Owns the weights, the pool and torch's settings."""
 
@@ -35,7 +44,6 @@ class InProcessExecutor:
         """Raises StartupError, before anything large is allocated where that is possible."""
         device, context_length = _device(args.device), _context_length(config, args)
         dtype = _dtype(args.dtype, config, device)
-        torch.set_num_threads(args.threads or usable_cores())
         available = memory.available_bytes(device)
         weight_bytes = _weight_bytes(config, dtype)
         size_of_page = page_bytes(config.num_layers, args.page_size, config.num_kv_heads, config.head_dim, dtype)
@@ -56,6 +64,8 @@ class InProcessExecutor:
             )
         self.attention = PagedAttention(self.pool, args.max_running_requests, context_length)
         self._device = device
+        self._threads = args.threads or usable_cores()
+        self._single_thread_tokens = _single_thread_tokens(weight_bytes, weight_bytes // dtype.itemsize)
         self.facts = ExecutorFacts(
             context_length=context_length,
             num_pages=num_pages,
@@ -76,10 +86,18 @@ class InProcessExecutor:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """[sampled, vocab] float32: the computing half of `execute`."""
+        wanted_threads = self._threads if len(plan.token_ids) > self._single_thread_tokens else 1
+        if wanted_threads != torch.get_num_threads():
+            torch.set_num_threads(wanted_threads)
         batch = self.attention.begin(plan)
         token_ids = torch.from_numpy(plan.token_ids).to(self._device)
         wanted = torch.from_numpy(np.cumsum(plan.lengths, dtype=np.int64)[plan.sampled] - 1).to(self._device)
         return self.model.forward(token_ids, wanted, self.attention, batch)
+
+
+def _single_thread_tokens(weight_bytes: int, num_weights: int) -> int:
+    """The largest step, in tokens, that one thread does at least as fast as several; 0 if there is none."""
+    return 0 if weight_bytes > SINGLE_THREAD_BYTES else SINGLE_THREAD_PRODUCTS // num_weights
 
 
 def usable_cores() -> int:

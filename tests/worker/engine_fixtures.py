@@ -1,0 +1,127 @@
+"""Tiny Llamas made with transformers, what transformers makes of them, and how to run ours over prompts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from warmroute_worker import engine as engines
+from warmroute_worker.args import WorkerArgs
+from warmroute_worker.messages import Generate, Row, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from warmroute_worker.engine import Engine
+
+VOCAB_SIZE = 320
+NEW_TOKENS = 32
+PROMPT_LENGTHS = (1, 2, 15, 16, 17, 40, 77, 130)
+GREEDY = Sampling(temperature=0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model folder and transformers' greedy answers to `prompts`."""
+
+    folder: Path
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    smallest_gap: float
+    """Between the two largest logits, over all steps: below the engines' difference, equality would be luck."""
+
+
+def llama_config(**changes: Any) -> Any:
+    """Weights are drawn with a standard deviation of 0.25: with the usual 0.02 a model without positions passes."""
+    from transformers import LlamaConfig
+
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.25,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "attn_implementation": "eager",
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def make_llama(folder: Path, seed: int = 0, **changes: Any) -> Any:
+    """Save a random Llama into `folder` and return transformers' own."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model: Any = LlamaForCausalLM(llama_config(**changes))
+    model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Fresh norms are one and fresh biases zero, so that leaving them out would go unnoticed.
+            if name.endswith(("norm.weight", "bias")):
+                parameter += 0.25 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def make_reference(folder: Path, seed: int = 0, lengths: Sequence[int] = PROMPT_LENGTHS, **changes: Any) -> Reference:
+    model = make_llama(folder, seed, **changes)
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+    answers, gaps = [], []
+    for prompt in prompts:
+        answer: list[int] = []
+        for _ in range(NEW_TOKENS):
+            logits = last_logits(model, prompt + answer)
+            first, second = logits.topk(2).values.tolist()
+            gaps.append(first - second)
+            answer.append(int(logits.argmax()))
+        answers.append(answer)
+    return Reference(folder, prompts, answers, min(gaps))
+
+
+@torch.no_grad()
+def last_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
+    """transformers' logits after the last token, [vocab], without its cache."""
+    logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0, -1]
+    return logits
+
+
+def load_engine(folder: Path, **changes: Any) -> Engine:
+    settings: dict[str, Any] = {"device": "cpu", "threads": 1, "max_total_tokens": 4096}
+    return engines.load(WorkerArgs(str(folder), "tiny", **(settings | changes)))
+
+
+def run_all(
+    engine: Engine, requests: Sequence[Generate], each_step: Callable[[], None] | None = None
+) -> dict[str, Row]:
+    """Run to the end. The rows of each request, put together."""
+    for request in requests:
+        engine.scheduler.add(request)
+    answers: dict[str, Row] = {}
+    while not engine.is_idle:
+        for row in engine.step().rows:
+            before = answers.get(row.rid)
+            answers[row.rid] = row if before is None else row._replace(token_ids=before.token_ids + row.token_ids)
+        engine.scheduler.check_integrity()
+        if each_step is not None:
+            each_step()
+    return answers
+
+
+def greedy(engine: Engine, prompts: Sequence[list[int]], new_tokens: int = NEW_TOKENS) -> list[Row]:
+    """All prompts at once."""
+    answers = run_all(
+        engine, [Generate(str(n), prompt, new_tokens, sampling=GREEDY) for n, prompt in enumerate(prompts)]
+    )
+    return [answers[str(n)] for n in range(len(prompts))]
