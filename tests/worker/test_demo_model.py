@@ -165,34 +165,3 @@ def test_an_answer_ends_by_itself_and_is_readable(model: Any) -> None:
     answer = bytes(ids[prompt:-1]).decode()
     assert len(answer.split()) >= 3
     assert answer.isprintable()
-
-
-def test_training_code_agrees_with_the_folder() -> None:
-    """The trained architecture, chat format and constants are those of the folder."""
-    from demo_training.model import SHAPE
-    from demo_training.pack import model_config, tokenizer, tokenizer_config
-    from demo_training.tokens import encode_chat
-
-    assert load_json("config.json") == model_config(SHAPE)
-    assert load_json("tokenizer.json") == tokenizer()
-    assert load_json("tokenizer_config.json") == tokenizer_config(SHAPE)
-    chat = [(message["role"], message["content"]) for message in MESSAGES]
-    assert encode_chat(chat) == Tokenizer.from_file(str(FOLDER / "tokenizer.json")).encode(RENDERED).ids
-
-
-@torch.inference_mode()
-def test_training_model_computes_what_transformers_computes(model: Any, stored: dict[str, Tensor]) -> None:
-    from demo_training.model import Llama
-
-    ours = Llama()
-    ours.load_state_dict(dequantised(stored))
-    ids = torch.randint(0, 261, (2, 50), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ours(ids), model(ids).logits, atol=2e-3, rtol=1e-3)
-
-
-def test_quantising_keeps_a_matrix() -> None:
-    from demo_training.pack import quantise
-
-    matrix = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 7)[:, None]
-    values, scale = quantise(matrix)
-    assert bool(((values * scale[:, None] - matrix).abs() <= scale[:, None] * 0.5001).all())

@@ -38,7 +38,7 @@ class Maker:
             turns = topic_turns(self, topic, told_by_system=True)
         else:
             turns = []
-            for _ in range(self.dice.choice((1, 1, 2, 3))):
+            for _ in range(self.dice.choice((1, 1, 2, 3, 6))):
                 (kind,) = self.dice.choices(list(KINDS), weights=list(KINDS.values()))
                 turns += kind(self)
         messages: list[Message] = [("system", self.system_prompt(topic))] if has_system else []

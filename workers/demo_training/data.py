@@ -11,7 +11,7 @@ from demo_training.corpus import Corpus
 from demo_training.phrases import read_topics
 from demo_training.tokens import encode_chat, encode_text
 
-CHAT_SHARE = 0.65
+CHAT_SHARE = 0.8
 """Of the documents. Text teaches English, conversations teach what is asked of the model; both are about as long."""
 
 

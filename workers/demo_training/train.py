@@ -1,6 +1,6 @@
 """Trains the demo model on a CPU in about forty minutes.
 
-    python -m demo_training.train --run RUN_FOLDER [--minutes 40]
+    python -m demo_training.train --run RUN_FOLDER [--minutes 40] [--resume]
 
 Writes RUN_FOLDER/checkpoint.pt every two minutes and at the end; `demo_training.pack` makes the model folder of it.
 """
@@ -21,14 +21,14 @@ from demo_training.data import batches, documents
 from demo_training.model import Llama
 from demo_training.tokens import BOS, END, SPECIAL_TOKENS, encode_text
 
-SHORT_ROW: Final = 512
-LONG_ROW: Final = 2048
-LONG_FROM: Final = 0.75
-"""Most of what is to be learned is local, and short rows cost less attention; the last part teaches long chats."""
+SHORT_ROWS: Final = (4, 512)
+LONG_ROWS: Final = (1, 4096)
+LONG_EVERY: Final = 3
+"""Most of what is to be learned is local, and short rows cost less attention. But after the longest row that it knows a
+model only babbles, and chats become long; so every third step reads one long row."""
 
-TOKENS_PER_PASS: Final = 2048
-"""Four short rows or one long row: activations of this size stay in the processor's cache (2x faster than 8,192)."""
-PASSES_PER_STEP: Final = 2
+SHORT_PASSES: Final = 2
+"""Passes of short rows before the weights change. Two small ones: their activations stay in the processor's cache."""
 
 WARM_UP: Final = 0.02
 MATRIX_RATE: Final = 0.02
@@ -41,26 +41,27 @@ def train(model: Llama, corpus: Corpus, seconds: float, run: Path) -> None:
     """Follows the clock and not a number of steps: the machine may be shared, the time is what is planned."""
     optimisers = make_optimisers(model)
     compiled = torch.compile(model, dynamic=False)  # fuses what lies between the matrix products: 2 to 4x faster
-    short, long = (
-        batches(documents(corpus, seed), TOKENS_PER_PASS // row, row) for seed, row in ((1, SHORT_ROW), (2, LONG_ROW))
-    )
+    short, long = (batches(documents(corpus, seed), *rows) for seed, rows in ((1, SHORT_ROWS), (2, LONG_ROWS)))
     begin = last_saved = time.monotonic()
-    step, recent = 0, 0.0
+    step = tokens = 0
+    recent = 0.0
     while (progress := (time.monotonic() - begin) / seconds) < 1:
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * rate(progress)
-        for _ in range(PASSES_PER_STEP):
-            value = loss(compiled, next(short if progress < LONG_FROM else long)) / PASSES_PER_STEP
+        passes = [next(long)] if step % LONG_EVERY == 0 else [next(short) for _ in range(SHORT_PASSES)]
+        for batch in passes:
+            value = loss(compiled, batch) / len(passes)
             value.backward()  # type: ignore[no-untyped-call]
-            recent = 0.98 * recent + 0.02 * value.item() * PASSES_PER_STEP
+            tokens += batch.numel()
+            recent += 0.02 * (value.item() * len(passes) - recent)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad()
         step += 1
         if step % 50 == 0:
-            speed = step * PASSES_PER_STEP * TOKENS_PER_PASS / (time.monotonic() - begin)
+            speed = tokens / (time.monotonic() - begin)
             print(f"{progress:4.0%}  step {step}  {speed:,.0f} tokens/s  {bits(recent):.3f} bits/token", flush=True)
         if time.monotonic() - last_saved > CHECKPOINT_SECONDS:
             save(model, run)
@@ -102,8 +103,8 @@ def bits(nats: float) -> float:
 def evaluate(model: Llama, held_out: Corpus) -> dict[str, float]:
     """Bits per byte on text and on conversations that the model has not seen."""
     text = text_loss(model, held_out.paragraphs)
-    chats = batches(documents(held_out, 3), 8, SHORT_ROW)
-    return {"text": text, "mixture": sum(bits(loss(model, next(chats)).item()) for _ in range(8)) / 8}
+    chats = batches(documents(held_out, 3), *SHORT_ROWS)
+    return {"text": text, "mixture": sum(bits(loss(model, next(chats)).item()) for _ in range(16)) / 16}
 
 
 def text_loss(model: Llama, texts: list[str]) -> float:
@@ -138,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--run", type=Path, required=True, help="folder for downloads and checkpoints")
     parser.add_argument("--minutes", type=float, default=40.0, help="time for the training itself")
+    parser.add_argument("--resume", action="store_true", help="begin with the weights of RUN's checkpoint")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
@@ -145,6 +147,8 @@ def main() -> None:
     torch.manual_seed(0)
     training, held_out = split_held_out(load_corpus(arguments.run / "downloads"))
     model = Llama()
+    if arguments.resume:
+        model.load_state_dict(torch.load(arguments.run / "checkpoint.pt", weights_only=True)["weights"])
     print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters", flush=True)
     train(model, training, arguments.minutes * 60, arguments.run)
     for name, value in evaluate(model, held_out).items():
