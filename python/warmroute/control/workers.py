@@ -146,7 +146,14 @@ class Registry:
                 self.forget_cache(worker, now_ns)
         self._directory.put(worker.slots, worker.address, facts.models)
         if facts != worker.facts:
-            log.info("worker %s: serves %s (%r)", worker.spec.url, facts.models[0], facts)
+            log.info(
+                "worker %s: serves %s (%s), %d ranks with %d KV tokens each",
+                worker.spec.url,
+                ", ".join(facts.models),
+                facts.runtime,
+                facts.dp_size,
+                facts.kv_capacity_tokens,
+            )
         worker.facts = facts
         worker.lost = False
 
