@@ -16,8 +16,10 @@ KILL_AFTER = 600
 BACK_SECONDS = 2.0
 
 
-def requests(count: int, stream: bool) -> list[bytes]:
-    bodies = [json.dumps(chat("s", words(20, seed), stream=stream)).encode() for seed in range(count)]
+def requests(count: int, stream: bool, first_seed: int = 0) -> list[bytes]:
+    bodies = [
+        json.dumps(chat("s", words(20, seed), stream=stream)).encode() for seed in range(first_seed, first_seed + count)
+    ]
     return [post("/v1/chat/completions", body) for body in bodies]
 
 
@@ -63,9 +65,9 @@ def test_kill_one_of_two(fleet: Fleet, stream: bool) -> None:
 
 def with_traffic(router: RouterProcess, worker: FakeWorkerProcess, answered_at: float) -> None:
     """Asserts that `worker` gets a request of a running load soon after `answered_at` (time.time())."""
-    load = asyncio.run(
-        closed_loop("127.0.0.1", router.port, requests(400, False), CONNECTIONS, seconds=BACK_SECONDS + 0.5)
-    )
+    # Prompts that nobody has in its cache: the known ones rightly go to the worker that lived on.
+    fresh = requests(400, False, first_seed=REQUESTS)
+    load = asyncio.run(closed_loop("127.0.0.1", router.port, fresh, CONNECTIONS, seconds=BACK_SECONDS + 0.5))
     assert load.failed == []
     seen = worker.requests()
     assert seen, "the restarted worker got no request"

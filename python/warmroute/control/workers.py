@@ -130,7 +130,7 @@ class Registry:
     def identified(self, worker: Worker, facts: WorkerFacts, now_ns: int) -> None:
         """It told what it serves: for the first time, or again after it was lost.
 
-        Raises MemoryError when the core has no room for its ranks.
+        Raises MemoryError when the core has no room for it, ValueError when it says what cannot be.
         """
         if worker.worker_id not in self._workers or worker.is_draining:
             return
@@ -146,7 +146,14 @@ class Registry:
                 self.forget_cache(worker, now_ns)
         self._directory.put(worker.slots, worker.address, facts.models)
         if facts != worker.facts:
-            log.info("worker %s: serves %s (%r)", worker.spec.url, facts.models[0], facts)
+            log.info(
+                "worker %s: serves %s (%s), %d ranks with %d KV tokens each",
+                worker.spec.url,
+                ", ".join(facts.models),
+                facts.runtime,
+                facts.dp_size,
+                facts.kv_capacity_tokens,
+            )
         worker.facts = facts
         worker.lost = False
 
