@@ -1,12 +1,33 @@
 """The decision engine (Rust). Nothing here reads a clock or does IO; every `now_ns` is CLOCK_MONOTONIC in ns.
 
 Nothing has a default: `warmroute.config` alone has defaults. Words: a *target* is one dp rank of a worker and lives in
-a *slot* (0..4095). The slots of one worker are contiguous; the first is its *head*, and worker-level calls take the
-head.
+a *slot* (0..4095). The slots of one worker are contiguous; the first is its *head*, which worker-level calls take.
 """
 
 from collections.abc import Sequence
 from typing import ClassVar, final
+
+__all__ = [
+    "BadHead",
+    "BadRequest",
+    "BodyReader",
+    "ChunkDecoder",
+    "Core",
+    "Endpoint",
+    "HeadParser",
+    "Lease",
+    "OutcomeKind",
+    "RegionBusy",
+    "RequestHead",
+    "RequestSeries",
+    "ResponseHead",
+    "Route",
+    "RoutedRequest",
+    "TargetInfo",
+    "Transition",
+    "UnknownModel",
+    "policy_names",
+]
 
 class BadRequest(ValueError):  # noqa: N818
     """The client's body cannot be routed: an answer of 400. `args == (message, param_or_None)`."""
@@ -28,7 +49,7 @@ class Endpoint:
     COMPLETIONS: ClassVar[Endpoint]
     GENERATE: ClassVar[Endpoint]
     def __int__(self) -> int: ...
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
@@ -48,7 +69,7 @@ class OutcomeKind:
     CANCELLED: ClassVar[OutcomeKind]
     """The client went away. Says nothing about the worker."""
     def __int__(self) -> int: ...
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
@@ -225,7 +246,8 @@ class Core:
     def read(self, path: bytes, routing_headers: bytes, body: bytes, now_ns: int, /) -> RoutedRequest:
         """Scan a body once. `path` is one of the routed paths; `routing_headers` is `RequestHead.routing_headers`.
 
-        Raises BadRequest. Counts the request as accepted (its model's series is settled by the first select).
+        Raises BadRequest. Counts the request as accepted (its model's series is settled by the first select). One that
+        it refuses is counted as accepted and answered with 400, in the series of the model "other".
         """
     def select(self, request: RoutedRequest, now_ns: int, allow_failed: bool, /) -> Lease | None:
         """Choose a target, raise its load, stamp the prefix. None: nobody is available.
@@ -237,8 +259,8 @@ class Core:
     def add_worker(self, models: Sequence[str], dp_size: int, kv_capacity_tokens: int, now_ns: int, /) -> list[int]:
         """Claim `dp_size` slots, pending until probes succeed. `models[0]` is the name, the rest are aliases.
 
-        `kv_capacity_tokens` is per rank; 0: unknown. Raises MemoryError when no slot is left, ValueError on bad
-        arguments.
+        `kv_capacity_tokens` is per rank; 0: unknown. Raises MemoryError when no slot or no place for another model's
+        name is left, ValueError on bad arguments. The calls below raise ValueError when no worker has its head there.
         """
     def update_worker(self, head: int, models: Sequence[str], kv_capacity_tokens: int, now_ns: int, /) -> None:
         """The worker was asked again. Its slots stay."""
@@ -252,7 +274,10 @@ class Core:
     def take_probe_requests(self) -> list[int]:
         """Heads of workers whose failed attempts ask for a probe now; each is named once."""
     def evict(self, now_ns: int, max_buckets: int, /) -> int:
-        """Reclaim index entries past their horizon in at most `max_buckets` buckets; how many were freed."""
+        """Reclaim index entries past their horizon in at most `max_buckets` buckets; how many were freed.
+
+        Once per `eviction_interval_ns` it also cuts every target's credit back to `max_tree_size`.
+        """
 
     # -- views
     def load(self, slot: int, /) -> int: ...

@@ -2,8 +2,19 @@
 //!
 //! Pure and deterministic: time and seeds are arguments, nothing here reads a clock, opens a socket or writes a log.
 
+pub mod breaker;
+pub mod error;
+pub mod health;
 pub mod http1;
+pub mod metrics;
+pub mod model;
+pub mod outcome;
+pub mod policy;
 pub mod prefix_index;
 pub mod prompt;
 #[cfg(feature = "python")]
 mod python;
+pub mod random;
+pub mod region;
+pub mod router;
+pub mod target;

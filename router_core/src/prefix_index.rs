@@ -181,6 +181,12 @@ impl PrefixIndex<'_> {
         self.tick(slot, 1);
     }
 
+    /// The target in `slot` is credited with no more than the last `bytes` of text that it was sent, from now on; what comes later
+    /// is added to that as far as the capacity goes. O(1).
+    pub fn trim(&mut self, slot: u16, bytes: u64) {
+        self.clocks.trim(slot, bytes);
+    }
+
     /// How much of the prompt `blocks` each target holds, for all targets in one walk.
     pub fn lookup(&self, blocks: &[Block], matches: &mut Matches) {
         matches.clear();

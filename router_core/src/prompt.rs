@@ -34,6 +34,18 @@ pub enum Endpoint {
     Generate,
 }
 
+impl Endpoint {
+    /// The endpoint of a path, without a query; None if it is not routed.
+    pub fn from_path(path: &[u8]) -> Option<Self> {
+        match path {
+            b"/v1/chat/completions" => Some(Self::Chat),
+            b"/v1/completions" => Some(Self::Completions),
+            b"/generate" => Some(Self::Generate),
+            _ => None,
+        }
+    }
+}
+
 /// A body that no worker could answer: for the client, an answer of 400.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadRequest {
@@ -93,7 +105,7 @@ impl PromptReader {
     /// Scan a body once.
     ///
     /// # Errors
-    /// [`BadRequest`] for what is not one JSON object in UTF-8, nests deeper than 254 levels, or lacks or mistypes a field that
+    /// [`BadRequest`] for what is not one JSON object in UTF-8, nests deeper than some 64 levels, or lacks or mistypes a field that
     /// routing reads and every worker would refuse as well. Unknown fields are skipped, whatever they are.
     pub fn read(&self, endpoint: Endpoint, body: &[u8]) -> Result<Prompt, BadRequest> {
         body::read(&self.hash, endpoint, body)

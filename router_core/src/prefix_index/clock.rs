@@ -82,6 +82,17 @@ impl Clocks<'_> {
         }
     }
 
+    /// Nothing stamped more than `bytes` ago is resident from now on, however much room there is.
+    pub(super) fn trim(&mut self, slot: u16, bytes: u64) {
+        let Some(clock) = self.clock_mut(slot) else { return };
+        let kept = (bytes / clock[UNIT_BYTES].max(1)).max(1);
+        let lived = clock[NOW].wrapping_sub(clock[FLOOR]).wrapping_add(1);
+        if lived > kept {
+            clock[FLOOR] = clock[NOW].wrapping_add(1).wrapping_sub(kept);
+            set_window(clock);
+        }
+    }
+
     /// From now on the target holds `bytes` of text. Small changes move the horizon; larger ones choose a new quantum, and ages keep
     /// their share of the capacity.
     pub(super) fn set_capacity(&mut self, slot: u16, bytes: u64) {

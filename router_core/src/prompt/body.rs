@@ -9,7 +9,7 @@ use sonic_rs::Deserializer as JsonDeserializer;
 use super::blocks::{BlockHash, BlockStream, TOOL_BLOCKS, link};
 use super::chat::Messages;
 use super::input::{Input, InputSeed};
-use super::json::{Any, AnyScalar, FreeForm, Name, Scalar, Skip, visit_alike};
+use super::json::{Any, AnyScalar, FreeFormList, Name, Scalar, Skip, visit_alike};
 use super::{BadRequest, Endpoint, Prompt};
 
 /// sonic-rs and the ends of blocks count bytes in 32 bits.
@@ -68,7 +68,7 @@ impl Field {
             "model" => Self::Model,
             "stream" => Self::Stream,
             "messages" => Self::Messages,
-            "tools" | "functions" => Self::Tools,
+            "tools" => Self::Tools,
             "prompt" => Self::Prompt,
             "text" => Self::Text,
             "input_ids" => Self::InputIds,
@@ -138,20 +138,22 @@ impl<'r, 'de> Fields<'r, 'de> {
                 self.input_ids = map.next_value_seed(Any(InputSeed { hash: self.hash }))?;
             }
             (Field::InputEmbeds, _) => {
-                map.next_value_seed(Any(Skip))?;
+                map.next_value_seed(Any(Skip::default()))?;
                 self.has_embeds = true;
             }
-            _ => map.next_value_seed(Any(Skip))?,
+            _ => map.next_value_seed(Any(Skip::default()))?,
         }
         Ok(())
     }
 
     fn read_tools<A: MapAccess<'de>>(&mut self, map: &mut A) -> Result<(), A::Error> {
         let mut canonical = Vec::new();
-        map.next_value_seed(Any(FreeForm(&mut canonical)))?;
-        let mut tools = BlockStream::new(self.hash, TOOL_BLOCKS);
-        tools.text(&canonical);
-        self.tools = Some(tools);
+        map.next_value_seed(Any(FreeFormList(&mut canonical)))?;
+        self.tools = (!canonical.is_empty()).then(|| {
+            let mut tools = BlockStream::new(self.hash, TOOL_BLOCKS);
+            tools.text(&canonical);
+            tools
+        });
         Ok(())
     }
 

@@ -7,8 +7,8 @@ use serde::de::{MapAccess, SeqAccess, Visitor};
 use super::blocks::{BlockHash, BlockStream, TEXT_BLOCKS};
 use super::input::{Found, Input, InputKind};
 use super::json::{
-    ASSISTANT, Any, AnyScalar, DIGEST, END, FreeForm, NAME, Name, OTHER_ROLE, PART, SYSTEM, Scalar, Skip, TOOL,
-    TOOL_CALLS, USER, visit_alike,
+    ASSISTANT, Any, AnyScalar, DIGEST, END, FreeForm, FreeFormList, NAME, Name, OTHER_ROLE, PART, SYSTEM, Scalar, Skip,
+    TOOL, TOOL_CALLS, USER, visit_alike,
 };
 
 /// Reads `messages`.
@@ -153,7 +153,7 @@ impl<'de> Visitor<'de> for MessageSeed<'_> {
             "role" => MessageKey::Role,
             "name" => MessageKey::Name,
             "content" => MessageKey::Content,
-            "tool_calls" | "function_call" => MessageKey::ToolCalls,
+            "tool_calls" => MessageKey::ToolCalls,
             _ => MessageKey::Other,
         };
         while let Some(key) = map.next_key_seed(Name(key))? {
@@ -171,34 +171,12 @@ impl<'de> Visitor<'de> for MessageSeed<'_> {
                 }
                 MessageKey::ToolCalls => {
                     message.tool_calls.clear();
-                    map.next_value_seed(Any(ToolCalls(&mut message.tool_calls)))?;
+                    map.next_value_seed(Any(FreeFormList(&mut message.tool_calls)))?;
                 }
-                MessageKey::Other => map.next_value_seed(Any(Skip))?,
+                MessageKey::Other => map.next_value_seed(Any(Skip::default()))?,
             }
         }
         Ok(if message.role == Role::Missing { Err("must have a 'role' in each message") } else { content })
-    }
-}
-
-/// Reads `tool_calls` as a free-form value; null and an empty list are none.
-struct ToolCalls<'o>(&'o mut Vec<u8>);
-
-impl<'de> Visitor<'de> for ToolCalls<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("tool calls")
-    }
-
-    visit_alike!((); null bool number string);
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        while seq.next_element_seed(Any(FreeForm(self.0)))?.is_some() {}
-        Ok(())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<(), A::Error> {
-        FreeForm(self.0).visit_map(map)
     }
 }
 
@@ -277,7 +255,7 @@ impl<'de> Visitor<'de> for Part<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let start = self.out.len();
-        let mut media: Vec<(u64, u64)> = Vec::new();
+        let mut media: Vec<(u64, usize, u64)> = Vec::new();
         let key = |name: &str| match name {
             "type" => PartKey::Type,
             "text" => PartKey::Text,
@@ -290,17 +268,18 @@ impl<'de> Visitor<'de> for Part<'_> {
                     self.out.truncate(start);
                     map.next_value_seed(Any(PartText(self.out)))?;
                 }
-                PartKey::Type | PartKey::CacheControl => map.next_value_seed(Any(Skip))?,
+                PartKey::Type | PartKey::CacheControl => map.next_value_seed(Any(Skip::default()))?,
                 PartKey::Media(name) => {
                     let mut canonical = Vec::new();
-                    map.next_value_seed(Any(FreeForm(&mut canonical)))?;
-                    media.retain(|(other, _)| *other != name);
-                    media.push((name, self.hash.of(&canonical)));
+                    map.next_value_seed(Any(FreeForm::new(&mut canonical)))?;
+                    media.push((name, media.len(), self.hash.of(&canonical)));
                 }
             }
         }
-        media.sort_unstable();
-        for (name, value) in media {
+        // By name, and of duplicates the last.
+        media.sort_unstable_by_key(|&(name, order, _)| (name, std::cmp::Reverse(order)));
+        media.dedup_by_key(|&mut (name, ..)| name);
+        for (name, _, value) in media {
             self.out.push(DIGEST);
             self.out.extend_from_slice(&name.to_le_bytes());
             self.out.extend_from_slice(&value.to_le_bytes());

@@ -154,8 +154,7 @@ impl<'de> Visitor<'de> for Element<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<ElementKind, A::Error> {
         if self.depth > 0 {
-            while seq.next_element_seed(Any(Skip))?.is_some() {}
-            return Ok(ElementKind::Wrong);
+            return Skip::default().visit_seq(seq).map(|()| ElementKind::Wrong);
         }
         let start = self.ids.len();
         let mut is_wrong = false;

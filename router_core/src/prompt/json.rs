@@ -19,8 +19,17 @@ pub(super) const END: u8 = 0xFE;
 /// Opens every element of a free-form value; the byte after it says what it is.
 const ELEMENT: u8 = 0xFF;
 
+/// Levels that a value may nest: enough for any schema of a tool. Two things forbid much more: the stack (an unoptimised build takes
+/// 20 KB a level), and that sonic-rs (0.5.10) makes a new error, with line and column counted from the start of the body, at
+/// each level that an error passes.
+const MAX_DEPTH: u8 = 64;
+
+fn too_deep<E: serde::de::Error>() -> E {
+    E::custom(format_args!("more than {MAX_DEPTH} levels of nesting"))
+}
+
 /// Lets a visitor see whatever comes. Not `deserialize_ignored_any`, not even to skip: sonic-rs skips by recursion without a
-/// limit (0.5.10), while `deserialize_any` stops at 254 levels.
+/// limit.
 pub(super) struct Any<V>(pub(super) V);
 
 impl<'de, V: Visitor<'de>> DeserializeSeed<'de> for Any<V> {
@@ -43,24 +52,29 @@ macro_rules! visit_alike {
     };
     (@ string $result:expr) => { fn visit_str<E>(self, _: &str) -> Result<Self::Value, E> { Ok($result) } };
     (@ array $result:expr) => {
-        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-            while seq.next_element_seed($crate::prompt::json::Any($crate::prompt::json::Skip))?.is_some() {}
-            Ok($result)
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
+            serde::de::Visitor::visit_seq($crate::prompt::json::Skip::default(), seq).map(|()| $result)
         }
     };
     (@ object $result:expr) => {
-        fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            while map.next_key_seed($crate::prompt::json::Name(|_: &str| ()))?.is_some() {
-                map.next_value_seed($crate::prompt::json::Any($crate::prompt::json::Skip))?;
-            }
-            Ok($result)
+        fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            serde::de::Visitor::visit_map($crate::prompt::json::Skip::default(), map).map(|()| $result)
         }
     };
 }
 pub(super) use visit_alike;
 
 /// Reads past any value, validating it.
-pub(super) struct Skip;
+#[derive(Clone, Copy, Default)]
+pub(super) struct Skip {
+    depth: u8,
+}
+
+impl Skip {
+    fn deeper<E: serde::de::Error>(self) -> Result<Self, E> {
+        if self.depth == MAX_DEPTH { Err(too_deep()) } else { Ok(Self { depth: self.depth + 1 }) }
+    }
+}
 
 impl<'de> Visitor<'de> for Skip {
     type Value = ();
@@ -69,7 +83,21 @@ impl<'de> Visitor<'de> for Skip {
         f.write_str("any value")
     }
 
-    visit_alike!((); null bool number string array object);
+    visit_alike!((); null bool number string);
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        let inner = self.deeper()?;
+        while seq.next_element_seed(Any(inner))?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let inner = self.deeper()?;
+        while map.next_key_seed(Name(|_: &str| ()))?.is_some() {
+            map.next_value_seed(Any(inner))?;
+        }
+        Ok(())
+    }
 }
 
 /// Reads the key of an object through a function.
@@ -145,25 +173,51 @@ impl<'de> Visitor<'de> for AnyScalar {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Scalar<'de>, A::Error> {
-        let first = seq.next_element_seed(Any(AnyScalar))?;
-        if first.is_some() {
-            while seq.next_element_seed(Any(Skip))?.is_some() {}
+        let mut first = None;
+        if seq.next_element_seed(Any(ListElement(&mut first)))?.is_some() {
+            Skip::default().visit_seq(seq)?;
         }
-        Ok(match first {
-            Some(Scalar::Text(text)) => Scalar::TextList(text.into_owned()),
-            _ => Scalar::Composite,
-        })
+        Ok(first.map_or(Scalar::Composite, Scalar::TextList))
+    }
+}
+
+/// Keeps an element of a list if it is text.
+struct ListElement<'o>(&'o mut Option<String>);
+
+impl<'de> Visitor<'de> for ListElement<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any value")
+    }
+
+    visit_alike!((); null bool number array object);
+
+    fn visit_str<E>(self, text: &str) -> Result<(), E> {
+        *self.0 = Some(text.to_owned());
+        Ok(())
     }
 }
 
 /// Appends the canonical form of any value to `out`: independent of white space and of the spelling of escapes; the order of
 /// keys counts, since it does in the rendered template.
-pub(super) struct FreeForm<'o>(pub(super) &'o mut Vec<u8>);
+pub(super) struct FreeForm<'o> {
+    out: &'o mut Vec<u8>,
+    depth: u8,
+}
 
-impl FreeForm<'_> {
+impl<'o> FreeForm<'o> {
+    pub(super) fn new(out: &'o mut Vec<u8>) -> Self {
+        Self { out, depth: 0 }
+    }
+
     fn element(&mut self, kind: u8, bytes: &[u8]) {
-        self.0.extend_from_slice(&[ELEMENT, kind]);
-        self.0.extend_from_slice(bytes);
+        self.out.extend_from_slice(&[ELEMENT, kind]);
+        self.out.extend_from_slice(bytes);
+    }
+
+    fn inner(&mut self) -> FreeForm<'_> {
+        FreeForm { out: self.out, depth: self.depth + 1 }
     }
 }
 
@@ -205,18 +259,42 @@ impl<'de> Visitor<'de> for FreeForm<'_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<(), A::Error> {
+        if self.depth == MAX_DEPTH {
+            return Err(too_deep());
+        }
         self.element(b'[', b"");
-        while seq.next_element_seed(Any(FreeForm(self.0)))?.is_some() {}
+        while seq.next_element_seed(Any(self.inner()))?.is_some() {}
         self.element(b']', b"");
         Ok(())
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        if self.depth == MAX_DEPTH {
+            return Err(too_deep());
+        }
         self.element(b'{', b"");
         while map.next_key_seed(Name(|key: &str| self.element(b'k', key.as_bytes())))?.is_some() {
-            map.next_value_seed(Any(FreeForm(self.0)))?;
+            map.next_value_seed(Any(self.inner()))?;
         }
         self.element(b'}', b"");
+        Ok(())
+    }
+}
+
+/// Appends the canonical form of the elements of a list to `out`; nothing for what is no list, as for an empty one.
+pub(super) struct FreeFormList<'o>(pub(super) &'o mut Vec<u8>);
+
+impl<'de> Visitor<'de> for FreeFormList<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    visit_alike!((); null bool number string object);
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        while seq.next_element_seed(Any(FreeForm::new(self.0)))?.is_some() {}
         Ok(())
     }
 }

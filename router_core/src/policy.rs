@@ -1,0 +1,206 @@
+//! Policies: which of the targets that can get a request gets it.
+//!
+//! A policy sees what is known and picks; it changes nothing but the generator and its own turn. Who is a candidate, and what
+//! happens to the one picked, is the router's business.
+
+mod balance;
+mod cache_aware;
+mod power_of_two;
+mod random;
+mod round_robin;
+
+pub use balance::Balance;
+
+use crate::model::{SET_WORDS, bits};
+use crate::prefix_index::{Matches, PrefixIndex};
+use crate::random::Random;
+use crate::target::Targets;
+
+/// Picks a target.
+pub trait Policy: Send + Sync {
+    /// One of the candidates, of which there is at least one.
+    fn pick(&self, choice: &mut Choice<'_, '_>) -> u16;
+}
+
+/// What policies can be told. Each reads what it has a use for.
+#[derive(Clone, Copy, Debug)]
+pub struct Parameters {
+    /// A match must be more than this share of the prompt to decide.
+    pub cache_threshold: f64,
+    /// When loads count as out of balance.
+    pub balance: Balance,
+}
+
+/// Makes a policy; by name, in the order of the names.
+type Build = fn(&Parameters) -> Box<dyn Policy>;
+
+const POLICIES: [(&str, Build); 4] = [
+    ("cache_aware", |parameters| Box::new(cache_aware::CacheAware::new(parameters))),
+    ("power_of_two", |_| Box::new(power_of_two::PowerOfTwo)),
+    ("random", |_| Box::new(random::Uniform)),
+    ("round_robin", |_| Box::new(round_robin::RoundRobin)),
+];
+
+/// The policies there are.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    POLICIES.iter().map(|(name, _)| *name)
+}
+
+/// The policy of that name.
+pub fn by_name(name: &str, parameters: &Parameters) -> Option<Box<dyn Policy>> {
+    POLICIES.iter().find(|(known, _)| *known == name).map(|(_, build)| build(parameters))
+}
+
+/// What a policy knows when it picks.
+pub struct Choice<'a, 'm> {
+    /// Who can get the request.
+    pub candidates: &'a Candidates,
+    /// How much of the prompt each target holds.
+    pub matches: &'a Matches,
+    /// Length of the prompt in bytes of text.
+    pub prompt_bytes: u32,
+    /// Loads, and what else is known of targets.
+    pub targets: &'a Targets<'m>,
+    /// What each target is credited with in all.
+    pub index: &'a PrefixIndex<'m>,
+    /// Behind every random choice.
+    pub random: &'a mut Random<'m>,
+    /// Of the model that was asked for: the slot after the one that had the last turn.
+    pub turn: &'a mut u64,
+}
+
+impl Choice<'_, '_> {
+    /// The one of `slots` with the smallest key; one at random of those that share it. None of none.
+    fn least<K: Ord>(&mut self, slots: impl Iterator<Item = u16>, key: impl Fn(&Self, u16) -> K) -> Option<u16> {
+        let mut best: Option<(K, u16)> = None;
+        let mut equals = 0;
+        for slot in slots {
+            let candidate = key(self, slot);
+            match &best {
+                Some((least, _)) if candidate > *least => {}
+                Some((least, _)) if candidate == *least => {
+                    equals += 1;
+                    if self.random.below(equals) == 0 {
+                        best = Some((candidate, slot));
+                    }
+                }
+                _ => {
+                    best = Some((candidate, slot));
+                    equals = 1;
+                }
+            }
+        }
+        best.map(|(_, slot)| slot)
+    }
+}
+
+/// A set of slots, in order.
+#[derive(Clone, Debug)]
+pub struct Candidates {
+    words: [u64; SET_WORDS],
+    /// Words that can have a bit.
+    used: usize,
+}
+
+impl Candidates {
+    /// The slots of a set of the region, of which those from `slot_end` on are free.
+    pub fn new(set: &[u64], slot_end: usize) -> Self {
+        let used = slot_end.div_ceil(u64::BITS as usize).min(SET_WORDS).min(set.len());
+        let mut words = [0; SET_WORDS];
+        words[..used].copy_from_slice(&set[..used]);
+        Self { words, used }
+    }
+
+    /// Leave a slot out.
+    pub fn remove(&mut self, slot: u16) {
+        if let Some(word) = self.words.get_mut(usize::from(slot / 64)) {
+            *word &= !(1 << (slot % 64));
+        }
+    }
+
+    /// Whether a slot is in.
+    pub fn contains(&self, slot: u16) -> bool {
+        self.words.get(usize::from(slot / 64)).is_some_and(|word| word & 1 << (slot % 64) != 0)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.words[..self.used].iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// The slots, from the lowest.
+    pub fn iter(&self) -> impl Iterator<Item = u16> + Clone + '_ {
+        self.from(0)
+    }
+
+    /// The slots from `start` on.
+    pub fn from(&self, start: u16) -> impl Iterator<Item = u16> + Clone + '_ {
+        let first = usize::from(start / 64);
+        let word_bits = move |(index, &word): (usize, &u64)| {
+            let mask = if index == first { u64::MAX << (start % 64) } else { u64::MAX };
+            Bits { word: word & mask, base: index as u16 * 64 }
+        };
+        self.words[..self.used].iter().enumerate().skip(first).flat_map(word_bits)
+    }
+
+    /// The `rank`th slot, counted from 0.
+    pub fn nth(&self, mut rank: usize) -> Option<u16> {
+        for (index, &word) in self.words[..self.used].iter().enumerate() {
+            let count = word.count_ones() as usize;
+            if rank < count {
+                return bits(word).nth(rank).map(|bit| (index * 64 + bit) as u16);
+            }
+            rank -= count;
+        }
+        None
+    }
+}
+
+#[derive(Clone)]
+struct Bits {
+    word: u64,
+    base: u16,
+}
+
+impl Iterator for Bits {
+    type Item = u16;
+
+    #[inline]
+    fn next(&mut self) -> Option<u16> {
+        let bit = (self.word != 0).then(|| self.word.trailing_zeros() as u16)?;
+        self.word &= self.word - 1;
+        Some(self.base + bit)
+    }
+}
+
+#[cfg(test)]
+mod fleet;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_are_known_by_their_names() {
+        let parameters = Parameters { cache_threshold: 0.5, balance: Balance { absolute: 1, relative: 1.0 } };
+        assert!(names().all(|name| by_name(name, &parameters).is_some()));
+        assert!(by_name("smallest_tree", &parameters).is_none());
+    }
+
+    #[test]
+    fn a_set_of_slots() {
+        let mut set = [0; SET_WORDS];
+        for slot in [0, 5, 63, 64, 130] {
+            set[slot / 64] |= 1 << (slot % 64);
+        }
+        let mut candidates = Candidates::new(&set, 131);
+        assert_eq!(candidates.iter().collect::<Vec<_>>(), [0, 5, 63, 64, 130]);
+        assert_eq!(candidates.from(6).collect::<Vec<_>>(), [63, 64, 130]);
+        assert_eq!(candidates.from(64).collect::<Vec<_>>(), [64, 130]);
+        assert_eq!(candidates.from(131).count(), 0);
+        assert_eq!((candidates.nth(0), candidates.nth(3), candidates.nth(5)), (Some(0), Some(64), None));
+        candidates.remove(63);
+        assert!(!candidates.contains(63) && candidates.contains(64) && !candidates.contains(4095));
+        assert_eq!(candidates.count(), 4);
+    }
+}

@@ -1,0 +1,127 @@
+//! To whom holds most of the prompt, unless that would leave the fleet out of balance or the match is too small to matter.
+
+use super::{Balance, Choice, Parameters, Policy};
+use crate::prefix_index::Match;
+
+pub(super) struct CacheAware {
+    cache_threshold: f64,
+    balance: Balance,
+}
+
+impl CacheAware {
+    pub(super) fn new(parameters: &Parameters) -> Self {
+        Self { cache_threshold: parameters.cache_threshold, balance: parameters.balance }
+    }
+}
+
+impl Policy for CacheAware {
+    fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
+        let candidates = choice.candidates;
+        let (shortest, longest) = queues(choice);
+        let limit = if self.balance.is_lost(shortest, longest) { self.balance.near(shortest) } else { longest };
+        let holder = self.holder(choice, limit);
+        let picked = holder.or_else(|| choice.least(candidates.iter(), coldest));
+        picked.unwrap_or_default()
+    }
+}
+
+impl CacheAware {
+    /// Of the targets with a queue of at most `limit` that hold most, if it is enough: the one with the shortest queue.
+    fn holder(&self, choice: &mut Choice<'_, '_>, limit: u64) -> Option<u16> {
+        let (candidates, matches) = (choice.candidates, choice.matches);
+        let targets = choice.targets;
+        let fits = |&(slot, _): &(u16, Match)| candidates.contains(slot) && targets.load(slot) <= limit;
+        let most = matches.holders().filter(fits).map(|(_, found)| found.bytes).max()?;
+        let enough = f64::from(most) > f64::from(choice.prompt_bytes) * self.cache_threshold;
+        let best = matches.holders().filter(fits).filter(|(_, found)| found.bytes == most).map(|(slot, _)| slot);
+        if enough { choice.least(best, |choice, slot| choice.targets.load(slot)) } else { None }
+    }
+}
+
+/// Where a prompt that nobody holds goes: the shortest queue, and among equal ones the cache with most room. An idle fleet fills
+/// its caches evenly that way; when they are full, all are equal.
+fn coldest(choice: &Choice<'_, '_>, slot: u16) -> (u64, u64) {
+    (choice.targets.load(slot), choice.index.characters(slot))
+}
+
+fn queues(choice: &Choice<'_, '_>) -> (u64, u64) {
+    let loads = choice.candidates.iter().map(|slot| choice.targets.load(slot));
+    loads.fold((u64::MAX, 0), |(shortest, longest), load| (shortest.min(load), longest.max(load)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::fleet::Fleet;
+
+    fn policy(cache_threshold: f64, absolute: u64, relative: f64) -> CacheAware {
+        CacheAware { cache_threshold, balance: Balance { absolute, relative } }
+    }
+
+    /// Loads; who was sent how much of a prompt of 1,000 bytes; who may be picked.
+    struct Case(&'static str, &'static [u64], &'static [(u16, usize)], &'static [u16]);
+
+    #[test]
+    fn decisions() {
+        let table = [
+            Case("nobody holds it: the shortest queue", &[3, 1, 2], &[], &[1]),
+            Case("nobody holds it, equal queues", &[1, 1, 2], &[], &[0, 1]),
+            Case("a holder, though its queue is longer", &[5, 0, 0], &[(0, 1000)], &[0]),
+            Case("the longest match wins", &[5, 0, 0], &[(0, 1000), (1, 600)], &[0]),
+            Case("equal matches compete by load", &[5, 1, 0], &[(0, 1000), (1, 1000)], &[1]),
+            Case("and then at random", &[1, 1, 0], &[(0, 1000), (1, 1000)], &[0, 1]),
+            Case("a match that is too small", &[1, 0, 1], &[(0, 400)], &[1]),
+            Case("in balance up to the limit", &[10, 0, 0], &[(0, 1000)], &[0]),
+            Case("out of balance: the shortest queue", &[11, 1, 0], &[(0, 1000)], &[2]),
+            Case("out of balance: a holder among the near-equal", &[11, 1, 0], &[(0, 1000), (1, 1000)], &[1]),
+            Case("near-equal ends there", &[11, 2, 0], &[(0, 1000), (1, 1000)], &[2]),
+        ];
+        for Case(what, loads, holders, expected) in table {
+            let mut fleet = Fleet::new(loads, 64 << 20);
+            for &(slot, bytes) in holders {
+                fleet.send(slot, "prompt", bytes);
+            }
+            let mut seen: Vec<u16> = (0..64).map(|_| fleet.pick(&policy(0.5, 10, 1.5), "prompt", 1000)).collect();
+            seen.sort_unstable();
+            seen.dedup();
+            assert_eq!(seen, expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn the_threshold_is_strict_and_changes_decisions() {
+        let mut fleet = Fleet::new(&[1, 0], 64 << 20);
+        fleet.send(0, "prompt", 512);
+        assert_eq!(fleet.pick(&policy(0.5, 10, 1.5), "prompt", 1024), 1);
+        assert_eq!(fleet.pick(&policy(0.499, 10, 1.5), "prompt", 1024), 0);
+    }
+
+    #[test]
+    fn each_limit_of_balance_changes_decisions() {
+        let mut fleet = Fleet::new(&[12, 4], 64 << 20);
+        fleet.send(0, "prompt", 1000);
+        assert_eq!(fleet.pick(&policy(0.5, 8, 1.5), "prompt", 1000), 0);
+        assert_eq!(fleet.pick(&policy(0.5, 7, 1.5), "prompt", 1000), 1);
+        assert_eq!(fleet.pick(&policy(0.5, 7, 3.0), "prompt", 1000), 0);
+        assert_eq!(fleet.pick(&policy(0.5, 7, 2.9), "prompt", 1000), 1);
+    }
+
+    #[test]
+    fn equal_queues_fill_their_caches_evenly() {
+        let mut fleet = Fleet::new(&[0; 8], 64 << 20);
+        for round in 1..=3 {
+            for turn in 0..8 {
+                let prompt = format!("{round} {turn}");
+                let slot = fleet.pick(&policy(0.5, 10, 1.5), &prompt, 700);
+                fleet.send(slot, &prompt, 700);
+            }
+            assert!(fleet.characters().iter().all(|&characters| characters == round * 700));
+        }
+    }
+
+    #[test]
+    fn a_prompt_without_text_goes_to_the_shortest_queue() {
+        let mut fleet = Fleet::new(&[1, 0], 64 << 20);
+        assert_eq!(fleet.pick(&policy(0.0, 10, 1.5), "", 0), 1);
+    }
+}

@@ -1,0 +1,191 @@
+//! The engine itself.
+
+use std::sync::Arc;
+
+use pyo3::exceptions::{PyAssertionError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use super::request::{Lease, RoutedRequest};
+use super::views::{RequestSeries, TargetInfo, Transition};
+use crate::policy::{self, Balance, Parameters};
+use crate::prompt::Endpoint;
+use crate::router::{Router, Settings};
+use crate::{breaker, health};
+
+/// All state that a decision reads, and the decisions.
+#[pyclass(module = "warmroute._core", frozen)]
+struct Core(Arc<Router>);
+
+#[pymethods]
+impl Core {
+    #[new]
+    #[pyo3(signature = (
+        *,
+        policy,
+        cache_threshold,
+        balance_abs_threshold,
+        balance_rel_threshold,
+        max_tree_size,
+        eviction_interval_ns,
+        index_memory_bytes,
+        hash_seed,
+        seed,
+        strict_model,
+        health_failure_threshold,
+        health_success_threshold,
+        breaker_enabled,
+        breaker_failure_threshold,
+        breaker_success_threshold,
+        breaker_timeout_ns,
+        breaker_window_ns,
+        duration_buckets_ns,
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        policy: String,
+        cache_threshold: f64,
+        balance_abs_threshold: u64,
+        balance_rel_threshold: f64,
+        max_tree_size: u64,
+        eviction_interval_ns: u64,
+        index_memory_bytes: usize,
+        hash_seed: u64,
+        seed: u64,
+        strict_model: bool,
+        health_failure_threshold: u32,
+        health_success_threshold: u32,
+        breaker_enabled: bool,
+        breaker_failure_threshold: u32,
+        breaker_success_threshold: u32,
+        breaker_timeout_ns: u64,
+        breaker_window_ns: u64,
+        duration_buckets_ns: Vec<u64>,
+    ) -> PyResult<Self> {
+        let balance = Balance { absolute: balance_abs_threshold, relative: balance_rel_threshold };
+        let settings = Settings {
+            policy,
+            policy_parameters: Parameters { cache_threshold, balance },
+            max_tree_size,
+            eviction_interval_ns,
+            index_memory_bytes,
+            hash_seed,
+            seed,
+            strict_model,
+            health: health::Thresholds { failure: health_failure_threshold, success: health_success_threshold },
+            breaker: breaker::Limits {
+                enabled: breaker_enabled,
+                failures: breaker_failure_threshold,
+                successes: breaker_success_threshold,
+                timeout_ns: breaker_timeout_ns,
+                window_ns: breaker_window_ns,
+            },
+            duration_buckets_ns,
+        };
+        Ok(Self(Router::new(settings)?))
+    }
+
+    // -- a request
+
+    #[pyo3(signature = (path, routing_headers, body, now_ns, /))]
+    fn read(&self, path: &[u8], routing_headers: &[u8], body: &[u8], now_ns: u64) -> PyResult<RoutedRequest> {
+        let unrouted = || PyValueError::new_err("not a routed path");
+        let endpoint = Endpoint::from_path(path).ok_or_else(unrouted)?;
+        Ok(RoutedRequest(self.0.read(endpoint, routing_headers, body, now_ns)?))
+    }
+
+    #[pyo3(signature = (request, now_ns, allow_failed, /))]
+    fn select(&self, request: &RoutedRequest, now_ns: u64, allow_failed: bool) -> PyResult<Option<Lease>> {
+        Ok(self.0.select(&request.0, now_ns, allow_failed)?.map(Lease))
+    }
+
+    // -- workers
+
+    #[pyo3(signature = (models, dp_size, kv_capacity_tokens, now_ns, /))]
+    fn add_worker(
+        &self,
+        models: Vec<String>,
+        dp_size: usize,
+        kv_capacity_tokens: u64,
+        now_ns: u64,
+    ) -> PyResult<Vec<u16>> {
+        let _ = now_ns;
+        Ok(self.0.add_worker(&models, dp_size, kv_capacity_tokens)?)
+    }
+
+    #[pyo3(signature = (head, models, kv_capacity_tokens, now_ns, /))]
+    fn update_worker(&self, head: u16, models: Vec<String>, kv_capacity_tokens: u64, now_ns: u64) -> PyResult<()> {
+        let _ = now_ns;
+        Ok(self.0.update_worker(head, &models, kv_capacity_tokens)?)
+    }
+
+    #[pyo3(signature = (head, now_ns, /))]
+    fn restart_worker(&self, head: u16, now_ns: u64) -> PyResult<()> {
+        let _ = now_ns;
+        Ok(self.0.restart_worker(head)?)
+    }
+
+    #[pyo3(signature = (head, /))]
+    fn drain_worker(&self, head: u16) -> PyResult<()> {
+        Ok(self.0.drain_worker(head)?)
+    }
+
+    #[pyo3(signature = (head, /))]
+    fn remove_worker(&self, head: u16) -> PyResult<()> {
+        Ok(self.0.remove_worker(head)?)
+    }
+
+    #[pyo3(signature = (head, ok, now_ns, /))]
+    fn observe_probe<'py>(&self, py: Python<'py>, head: u16, ok: bool, now_ns: u64) -> PyResult<Bound<'py, PyTuple>> {
+        let _ = now_ns;
+        PyTuple::new(py, self.0.observe_probe(head, ok)?.into_iter().map(Transition))
+    }
+
+    fn take_probe_requests(&self) -> PyResult<Vec<u16>> {
+        Ok(self.0.take_probe_requests()?)
+    }
+
+    #[pyo3(signature = (now_ns, max_buckets, /))]
+    fn evict(&self, now_ns: u64, max_buckets: usize) -> PyResult<usize> {
+        Ok(self.0.evict(now_ns, max_buckets)?)
+    }
+
+    // -- views
+
+    #[pyo3(signature = (slot, /))]
+    fn load(&self, slot: u16) -> PyResult<u64> {
+        Ok(self.0.load(slot)?)
+    }
+
+    #[pyo3(signature = (slot, /))]
+    fn target(&self, slot: u16) -> PyResult<TargetInfo> {
+        Ok(TargetInfo(self.0.target(slot)?))
+    }
+
+    fn targets(&self) -> PyResult<Vec<TargetInfo>> {
+        Ok(self.0.targets()?.into_iter().map(TargetInfo).collect())
+    }
+
+    fn readiness(&self) -> PyResult<(usize, usize)> {
+        Ok(self.0.readiness()?)
+    }
+
+    fn series(&self) -> Vec<RequestSeries> {
+        self.0.series().into_iter().map(RequestSeries).collect()
+    }
+
+    fn check_integrity(&self) -> PyResult<()> {
+        self.0.check_integrity().map_err(PyAssertionError::new_err)
+    }
+}
+
+/// The policies there are.
+#[pyfunction]
+fn policy_names() -> Vec<&'static str> {
+    policy::names().collect()
+}
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Core>()?;
+    module.add_function(wrap_pyfunction!(policy_names, module)?)
+}

@@ -1,0 +1,101 @@
+//! A request and its leases.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyTuple};
+
+use super::enums::{Endpoint, OutcomeKind};
+use super::views::Transition;
+use crate::outcome::Outcome;
+use crate::router;
+
+/// What one scan of a body found. Remembers which workers failed it.
+#[pyclass(module = "warmroute._core", frozen)]
+pub(super) struct RoutedRequest(pub(super) Arc<router::Request>);
+
+#[pymethods]
+impl RoutedRequest {
+    #[getter]
+    fn endpoint(&self) -> Endpoint {
+        self.0.endpoint().into()
+    }
+
+    #[getter]
+    fn model(&self) -> Option<&str> {
+        self.0.prompt().model.as_deref()
+    }
+
+    #[getter]
+    fn stream(&self) -> bool {
+        self.0.prompt().stream
+    }
+
+    #[getter]
+    fn prompt_bytes(&self) -> u64 {
+        self.0.prompt().prompt_bytes
+    }
+
+    fn finish(&self, status: u16, first_byte_ns: i64, now_ns: u64) {
+        self.0.finish(status, u64::try_from(first_byte_ns).ok(), now_ns);
+    }
+}
+
+/// One attempt's claim on one target. Dropped without `release`, it counts as CANCELLED.
+#[pyclass(module = "warmroute._core", frozen)]
+pub(super) struct Lease(pub(super) router::Lease);
+
+#[pymethods]
+impl Lease {
+    #[getter]
+    fn slot(&self) -> u16 {
+        self.0.slot()
+    }
+
+    #[getter]
+    fn incarnation(&self) -> u64 {
+        self.0.incarnation()
+    }
+
+    #[getter]
+    fn match_bytes(&self) -> u32 {
+        self.0.match_bytes()
+    }
+
+    #[getter]
+    fn predicted_cached_tokens(&self) -> u64 {
+        self.0.predicted_cached_tokens()
+    }
+
+    #[getter]
+    fn splice<'py>(&self, py: Python<'py>) -> Option<(usize, Bound<'py, PyBytes>)> {
+        self.0.splice().map(|(offset, bytes)| (offset, PyBytes::new(py, &bytes)))
+    }
+
+    /// `first_byte_ns`, `chunks` and `max_gap_ns` are for policies that learn a worker's rates; none here does yet.
+    #[pyo3(signature = (kind, status, first_byte_ns, chunks, max_gap_ns, prompt_tokens, completion_tokens, cached_tokens, now_ns, /))]
+    #[allow(clippy::too_many_arguments)]
+    fn release<'py>(
+        &self,
+        py: Python<'py>,
+        kind: OutcomeKind,
+        status: u16,
+        first_byte_ns: i64,
+        chunks: i64,
+        max_gap_ns: i64,
+        prompt_tokens: i64,
+        completion_tokens: i64,
+        cached_tokens: i64,
+        now_ns: u64,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let _ = (first_byte_ns, chunks, max_gap_ns);
+        let outcome = Outcome { kind: kind.into(), status, prompt_tokens, completion_tokens, cached_tokens };
+        let transitions = self.0.release(&outcome, now_ns)?;
+        PyTuple::new(py, transitions.into_iter().map(Transition))
+    }
+}
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<RoutedRequest>()?;
+    module.add_class::<Lease>()
+}

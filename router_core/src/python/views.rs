@@ -1,0 +1,217 @@
+//! What the core tells: transitions, targets, series.
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::enums::Endpoint;
+use crate::router;
+
+/// A fact for the log: a machine of the worker at `head` changed its state.
+#[pyclass(module = "warmroute._core", frozen)]
+pub(super) struct Transition(pub(super) router::Transition);
+
+#[pymethods]
+impl Transition {
+    #[getter]
+    fn head(&self) -> u16 {
+        self.0.head
+    }
+
+    #[getter]
+    fn machine(&self) -> &'static str {
+        self.0.machine
+    }
+
+    #[getter]
+    fn previous(&self) -> &'static str {
+        self.0.previous
+    }
+
+    #[getter]
+    fn current(&self) -> &'static str {
+        self.0.current
+    }
+
+    fn __repr__(&self) -> String {
+        let router::Transition { head, machine, previous, current } = self.0;
+        format!("<Transition of {head}: {machine} {previous} -> {current}>")
+    }
+}
+
+/// One target as it stands now.
+#[pyclass(module = "warmroute._core", frozen)]
+pub(super) struct TargetInfo(pub(super) router::TargetView);
+
+#[pymethods]
+impl TargetInfo {
+    #[getter]
+    fn slot(&self) -> u16 {
+        self.0.slot
+    }
+
+    #[getter]
+    fn head(&self) -> u16 {
+        self.0.head
+    }
+
+    #[getter]
+    fn rank(&self) -> u16 {
+        self.0.rank
+    }
+
+    #[getter]
+    fn incarnation(&self) -> u64 {
+        self.0.incarnation
+    }
+
+    #[getter]
+    fn health(&self) -> &'static str {
+        self.0.health
+    }
+
+    #[getter]
+    fn breaker(&self) -> &'static str {
+        self.0.breaker
+    }
+
+    #[getter]
+    fn draining(&self) -> bool {
+        self.0.draining
+    }
+
+    #[getter]
+    fn available(&self) -> bool {
+        self.0.available
+    }
+
+    #[getter]
+    fn load(&self) -> u64 {
+        self.0.load
+    }
+
+    #[getter]
+    fn outstanding_tokens(&self) -> u64 {
+        self.0.outstanding_tokens
+    }
+
+    #[getter]
+    fn consecutive_failures(&self) -> u32 {
+        self.0.consecutive_failures
+    }
+
+    #[getter]
+    fn consecutive_successes(&self) -> u32 {
+        self.0.consecutive_successes
+    }
+
+    #[getter]
+    fn selections(&self) -> u64 {
+        self.0.counters.selections
+    }
+
+    #[getter]
+    fn failures(&self) -> u64 {
+        self.0.counters.failures
+    }
+
+    #[getter]
+    fn prompt_tokens(&self) -> u64 {
+        self.0.counters.prompt_tokens
+    }
+
+    #[getter]
+    fn reported_cached_tokens(&self) -> u64 {
+        self.0.counters.reported_cached_tokens
+    }
+
+    #[getter]
+    fn predicted_cached_tokens(&self) -> u64 {
+        self.0.counters.predicted_cached_tokens
+    }
+
+    #[getter]
+    fn completion_tokens(&self) -> u64 {
+        self.0.counters.completion_tokens
+    }
+
+    #[getter]
+    fn index_characters(&self) -> u64 {
+        self.0.index_characters
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<TargetInfo {:?}>", self.0)
+    }
+}
+
+/// Counters of one (model, endpoint, streaming).
+#[pyclass(module = "warmroute._core", frozen)]
+pub(super) struct RequestSeries(pub(super) router::NamedSeries);
+
+#[pymethods]
+impl RequestSeries {
+    #[getter]
+    fn model(&self) -> &str {
+        &self.0.model
+    }
+
+    #[getter]
+    fn endpoint(&self) -> Endpoint {
+        self.0.reading.endpoint.into()
+    }
+
+    #[getter]
+    fn streaming(&self) -> bool {
+        self.0.reading.streaming
+    }
+
+    #[getter]
+    fn accepted(&self) -> u64 {
+        self.0.reading.accepted
+    }
+
+    #[getter]
+    fn answered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counts = PyDict::new(py);
+        for (status, count) in &self.0.reading.answered {
+            counts.set_item(status, count)?;
+        }
+        Ok(counts)
+    }
+
+    #[getter]
+    fn attempts(&self) -> u64 {
+        self.0.reading.attempts
+    }
+
+    #[getter]
+    fn retries(&self) -> u64 {
+        self.0.reading.retries
+    }
+
+    #[getter]
+    fn duration_buckets(&self) -> Vec<u64> {
+        self.0.reading.duration_buckets.clone()
+    }
+
+    #[getter]
+    fn duration_sum_ns(&self) -> u64 {
+        self.0.reading.duration_sum_ns
+    }
+
+    #[getter]
+    fn first_byte_buckets(&self) -> Vec<u64> {
+        self.0.reading.first_byte_buckets.clone()
+    }
+
+    #[getter]
+    fn first_byte_sum_ns(&self) -> u64 {
+        self.0.reading.first_byte_sum_ns
+    }
+}
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Transition>()?;
+    module.add_class::<TargetInfo>()?;
+    module.add_class::<RequestSeries>()
+}

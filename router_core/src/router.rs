@@ -1,0 +1,265 @@
+//! The router: reads a request, selects a target for it, takes the lease on it back.
+//!
+//! **Owner.** All state that a decision reads is in the region; beside it the router owns what no decision reads (counters, names)
+//! and scratch memory. Locks are taken in this order: a request's progress, scratch, region.
+//!
+//! ```text
+//! read     scan, keys                                     no lock
+//! select   who can -> policy -> permit, load up, stamp    the region's lock
+//! release  load down, machines, claim, learning           the region's lock
+//! ```
+
+mod lease;
+mod names;
+mod request;
+mod settings;
+mod views;
+mod workers;
+
+pub use lease::Lease;
+pub use request::Request;
+pub use settings::Settings;
+pub use views::{NamedSeries, TargetView};
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::Error;
+use crate::metrics::{Slab, TargetCounter};
+use crate::model::ANY;
+use crate::policy::{self, Candidates, Choice, Policy};
+use crate::prefix_index::Matches;
+use crate::prompt::{BadRequest, Endpoint, PromptReader};
+use crate::region::{MAX_TARGETS, Region, State};
+use names::Names;
+use request::Progress;
+
+const BAD_REQUEST: u16 = 400;
+
+/// A fact for the log: a machine of a worker changed its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transition {
+    /// The worker's first slot.
+    pub head: u16,
+    /// "health" or "breaker".
+    pub machine: &'static str,
+    /// The state's name before.
+    pub previous: &'static str,
+    /// And now.
+    pub current: &'static str,
+}
+
+/// The engine. One per process, shared by reference.
+pub struct Router {
+    settings: Settings,
+    policy: Box<dyn Policy>,
+    reader: PromptReader,
+    region: Region,
+    slab: Slab,
+    names: Names,
+    matches: Mutex<Matches>,
+}
+
+impl Router {
+    /// A router without workers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] names the setting that cannot be.
+    pub fn new(settings: Settings) -> Result<Arc<Self>, Error> {
+        settings.validate()?;
+        let unknown = || Error::Invalid(format!("no policy is called {:?}", settings.policy));
+        Ok(Arc::new(Self {
+            policy: policy::by_name(&settings.policy, &settings.policy_parameters).ok_or_else(unknown)?,
+            reader: PromptReader::new(settings.hash_seed),
+            region: Region::anonymous(settings.index_memory_bytes, settings.seed),
+            slab: Slab::new(settings.duration_buckets_ns.clone()),
+            names: Names::new(settings.hash_seed),
+            matches: Mutex::new(Matches::new(MAX_TARGETS)),
+            settings,
+        }))
+    }
+
+    /// Scan a body once, and count the request as accepted.
+    ///
+    /// `routing_headers`: lines `name: value\r\n` with lower-case names.
+    ///
+    /// # Errors
+    /// [`BadRequest`]. It is counted as answered with 400: nobody else can count it, since there is no request.
+    pub fn read(
+        self: &Arc<Self>,
+        endpoint: Endpoint,
+        routing_headers: &[u8],
+        body: &[u8],
+        now_ns: u64,
+    ) -> Result<Arc<Request>, BadRequest> {
+        match self.reader.read(endpoint, body) {
+            Ok(prompt) => Ok(Arc::new(Request::new(self, endpoint, routing_headers, prompt, now_ns))),
+            Err(refused) => {
+                let series = self.slab.settle(None, endpoint, false);
+                self.slab.accept(series);
+                self.slab.answer(series, BAD_REQUEST, 0, None);
+                Err(refused)
+            }
+        }
+    }
+
+    /// Choose a target, raise its load, stamp the prefix. None: nobody is available.
+    ///
+    /// Workers that failed this request are left out unless `allow_failed`.
+    ///
+    /// # Errors
+    /// [`Error::UnknownModel`], [`Error::RegionBusy`].
+    pub fn select(&self, request: &Arc<Request>, now_ns: u64, allow_failed: bool) -> Result<Option<Lease>, Error> {
+        let mut progress = request.progress();
+        let mut matches = self.matches.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.region.lock()?;
+        let mut state = guard.state();
+
+        self.wake_breakers(&mut state, now_ns);
+        let model = self.resolve_model(&state, request)?;
+        let candidates = candidates(&state, model, request, &progress, allow_failed);
+        if candidates.count() == 0 {
+            progress.settle(request, label(&state, model, None));
+            return Ok(None);
+        }
+        state.index.lookup(&request.prompt().blocks, &mut matches);
+        let slot = self.policy.pick(&mut Choice {
+            candidates: &candidates,
+            matches: &matches,
+            prompt_bytes: request.prompt().routed_bytes,
+            targets: &state.targets,
+            index: &state.index,
+            random: &mut state.random,
+            turn: state.models.turn(model),
+        });
+        let series = progress.settle(request, label(&state, model, Some(slot)));
+        self.slab.attempt(series, progress.attempts > 0);
+        self.slab.count(slot, state.targets.incarnation(slot), TargetCounter::Selections, 1);
+        progress.attempts += 1;
+        Ok(Some(self.begin(&mut state, request, slot, &matches, now_ns)))
+    }
+
+    /// Count the client's request as answered, once.
+    ///
+    /// `status`: what the client got; `first_byte_ns`: when it got the first byte, None if it did not.
+    pub fn finish(&self, request: &Request, status: u16, first_byte_ns: Option<u64>, now_ns: u64) {
+        let mut progress = request.progress();
+        let series = progress.settle(request, None);
+        if !std::mem::replace(&mut progress.finished, true) {
+            let since = |ns: u64| ns.saturating_sub(request.accepted_ns());
+            self.slab.answer(series, status, since(now_ns), first_byte_ns.map(since));
+        }
+    }
+
+    /// The claim on `slot`: load and permit are taken, the prefix is stamped.
+    fn begin(&self, state: &mut State<'_>, request: &Arc<Request>, slot: u16, matches: &Matches, now_ns: u64) -> Lease {
+        let prompt = request.prompt();
+        let matched = matches.of(slot);
+        let uncached_bytes = prompt.prompt_bytes.saturating_sub(u64::from(matched.bytes));
+        let bytes_per_token = state.targets.bytes_per_token(slot);
+        let tokens = (uncached_bytes as f64 / bytes_per_token) as u64;
+        let head = state.targets.head(slot);
+        let permit = state.targets.breaker(head).is_half_open();
+        state.targets.begin(slot, tokens, permit);
+        if permit {
+            self.refresh_availability(state, head);
+        }
+        let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes);
+        Lease::new(
+            request,
+            lease::Terms {
+                slot,
+                head,
+                incarnation: state.targets.incarnation(slot),
+                spliced_rank: (state.targets.ranks(slot) > 1 && request.pinned_rank().is_none())
+                    .then(|| state.targets.rank(slot)),
+                match_bytes: matched.bytes,
+                predicted_cached_tokens: (f64::from(matched.bytes) / bytes_per_token) as u64,
+                tokens,
+                permit,
+                claim,
+                selected_ns: now_ns,
+            },
+        )
+    }
+
+    /// The model, or [`ANY`], whose workers can get this request.
+    fn resolve_model(&self, state: &State<'_>, request: &Request) -> Result<usize, Error> {
+        let Some(hash) = request.model_hash() else { return Ok(ANY) };
+        match state.models.find(hash) {
+            Some(model) => Ok(model),
+            // Nobody to ask yet, or a fleet of one model, which takes any name as sglang-router does.
+            None if !state.models.any() => Ok(ANY),
+            None if !self.settings.strict_model && state.models.single().is_some() => Ok(ANY),
+            None => Err(Error::UnknownModel(request.prompt().model.clone().unwrap_or_default())),
+        }
+    }
+
+    /// Whoever's breaker has been open for long enough is half-open now.
+    fn wake_breakers(&self, state: &mut State<'_>, now_ns: u64) {
+        if !state.targets.take_wake(now_ns) {
+            return;
+        }
+        for head in 0..state.targets.slot_end() as u16 {
+            if state.targets.is_head(head) {
+                let breaker = state.targets.breaker(head);
+                let woken = breaker.at(now_ns);
+                // Those still open, too: setting them says when to look again.
+                state.targets.set_breaker(head, woken);
+                if woken != breaker {
+                    self.refresh_availability(state, head);
+                }
+            }
+        }
+    }
+
+    /// To be called after whatever availability hangs on has changed: health, breaker, permits, draining, models.
+    fn refresh_availability(&self, state: &mut State<'_>, head: u16) {
+        let available = self.is_available(state, head);
+        for slot in state.targets.slots_of(head) {
+            let mask = state.targets.get(crate::target::Field::Models, slot);
+            state.models.set_available(slot, mask, available);
+        }
+    }
+
+    fn is_available(&self, state: &State<'_>, head: u16) -> bool {
+        let targets = &state.targets;
+        targets.health(head).is_ready()
+            && !targets.draining(head)
+            && targets.breaker(head).admits(targets.permits(head), &self.settings.breaker)
+    }
+}
+
+/// Who can get the request: available for its model, of the rank its client insists on, not yet failed.
+fn candidates(
+    state: &State<'_>,
+    model: usize,
+    request: &Request,
+    progress: &MutexGuard<'_, Progress>,
+    allow_failed: bool,
+) -> Candidates {
+    let targets = &state.targets;
+    let mut candidates = Candidates::new(state.models.available(model), targets.slot_end());
+    if let Some(rank) = request.pinned_rank() {
+        for slot in candidates.clone().iter() {
+            // A worker without that rank says so itself, whichever of its ranks is asked.
+            if targets.ranks(slot) > rank && targets.rank(slot) != rank {
+                candidates.remove(slot);
+            }
+        }
+    }
+    if !allow_failed {
+        for &(head, incarnation) in &progress.failed {
+            if targets.incarnation(head) == incarnation {
+                targets.slots_of(head).for_each(|slot| candidates.remove(slot));
+            }
+        }
+    }
+    candidates
+}
+
+/// The hash of the model that a request is counted under: the one it named if it is known, else the worker's own.
+fn label(state: &State<'_>, model: usize, slot: Option<u16>) -> Option<u64> {
+    let primary = |slot| state.targets.get(crate::target::Field::Primary, slot) as usize;
+    let model = if model == ANY { slot.map(primary).or_else(|| state.models.single())? } else { model };
+    Some(state.models.hash(model))
+}

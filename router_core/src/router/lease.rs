@@ -1,0 +1,161 @@
+//! A lease: one attempt's claim on one target. Load rises when it is made and falls when it is released or dropped, nowhere else.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::request::Request;
+use super::{Router, Transition};
+use crate::error::Error;
+use crate::metrics::TargetCounter;
+use crate::outcome::Outcome;
+use crate::prefix_index::Claim;
+use crate::region::State;
+use crate::target::Field;
+
+/// One attempt's claim on one target. Dropped without a release, it counts as cancelled.
+pub struct Lease {
+    request: Arc<Request>,
+    terms: Terms,
+    released: AtomicBool,
+}
+
+/// What was taken, to be given back.
+pub(super) struct Terms {
+    pub(super) slot: u16,
+    pub(super) head: u16,
+    pub(super) incarnation: u64,
+    /// The rank that the worker must be told.
+    pub(super) spliced_rank: Option<u16>,
+    pub(super) match_bytes: u32,
+    pub(super) predicted_cached_tokens: u64,
+    /// Added to the outstanding tokens.
+    pub(super) tokens: u64,
+    /// Of a half-open breaker.
+    pub(super) permit: bool,
+    /// On the target's cache.
+    pub(super) claim: Claim,
+    pub(super) selected_ns: u64,
+}
+
+impl Lease {
+    pub(super) fn new(request: &Arc<Request>, terms: Terms) -> Self {
+        Self { request: Arc::clone(request), terms, released: AtomicBool::new(false) }
+    }
+
+    /// The target.
+    pub fn slot(&self) -> u16 {
+        self.terms.slot
+    }
+
+    /// Of the worker in that slot.
+    pub fn incarnation(&self) -> u64 {
+        self.terms.incarnation
+    }
+
+    /// Bytes of the prompt that the target is taken to hold.
+    pub fn match_bytes(&self) -> u32 {
+        self.terms.match_bytes
+    }
+
+    /// The same in tokens, as that target's answers have counted text.
+    pub fn predicted_cached_tokens(&self) -> u64 {
+        self.terms.predicted_cached_tokens
+    }
+
+    /// What to insert into the body, and where, so that the worker uses the rank that was chosen.
+    pub fn splice(&self) -> Option<(usize, Vec<u8>)> {
+        let rank = self.terms.spliced_rank?;
+        Some((self.request.prompt().splice_offset, format!(",\"data_parallel_rank\":{rank}").into_bytes()))
+    }
+
+    /// Give it back; once, later calls do nothing.
+    ///
+    /// # Errors
+    /// [`Error::RegionBusy`]: nothing was given back, call again.
+    pub fn release(&self, outcome: &Outcome, now_ns: u64) -> Result<Vec<Transition>, Error> {
+        if self.released.swap(true, Ordering::AcqRel) {
+            return Ok(Vec::new());
+        }
+        let released = self.request.router().release(&self.request, &self.terms, outcome, now_ns);
+        self.released.store(released.is_ok(), Ordering::Release);
+        released
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Nobody is there who could be told of transitions, or try again; a cancelled attempt makes no transitions.
+        let _ = self.release(&Outcome::CANCELLED, self.terms.selected_ns);
+    }
+}
+
+impl Router {
+    fn release(
+        &self,
+        request: &Request,
+        terms: &Terms,
+        outcome: &Outcome,
+        now_ns: u64,
+    ) -> Result<Vec<Transition>, Error> {
+        let mut progress = request.progress();
+        let mut guard = self.region.lock()?;
+        let mut state = guard.state();
+        // The worker was removed meanwhile, and its load with it: what is in the slot now is another worker's.
+        if state.targets.incarnation(terms.slot) != terms.incarnation {
+            return Ok(Vec::new());
+        }
+        state.targets.end(terms.slot, terms.tokens, terms.permit);
+        if outcome.excludes_worker() {
+            progress.failed.push((terms.head, state.targets.incarnation(terms.head)));
+        }
+        if outcome.voids_claim() {
+            state.index.take_back(terms.slot, &request.prompt().blocks, terms.claim);
+        }
+        if outcome.wants_probe() {
+            state.targets.set(Field::ProbeWanted, terms.head, 1);
+        }
+        self.learn(&mut state, request, terms, outcome);
+        Ok(self.judge(&mut state, terms, outcome, now_ns).into_iter().collect())
+    }
+
+    /// What the attempt says about the worker.
+    fn judge(&self, state: &mut State<'_>, terms: &Terms, outcome: &Outcome, now_ns: u64) -> Option<Transition> {
+        let verdict = outcome.verdict();
+        if verdict == Some(false) {
+            self.slab.count(terms.slot, terms.incarnation, TargetCounter::Failures, 1);
+        }
+        let breaker = state.targets.breaker(terms.head);
+        let judged = verdict.map_or(breaker, |ok| breaker.observe(ok, terms.permit, now_ns, &self.settings.breaker));
+        if judged != breaker {
+            state.targets.set_breaker(terms.head, judged);
+        }
+        if terms.permit || judged.name() != breaker.name() {
+            self.refresh_availability(state, terms.head);
+        }
+        Transition::between(terms.head, "breaker", breaker.name(), judged.name())
+    }
+
+    /// What the worker's own counts say: how much text a token is, what it generated, what it had in its cache.
+    fn learn(&self, state: &mut State<'_>, request: &Request, terms: &Terms, outcome: &Outcome) {
+        let slot = terms.slot;
+        let count = |counter, amount| self.slab.count(slot, terms.incarnation, counter, amount);
+        let prompt_bytes = request.prompt().prompt_bytes;
+        if let Ok(prompt_tokens @ 1..) = u64::try_from(outcome.prompt_tokens) {
+            // Without text (embeddings) there is nothing to learn.
+            if prompt_bytes > 0 {
+                state.targets.learn(slot, prompt_bytes, prompt_tokens);
+                self.fit_capacity(state, slot);
+            }
+            if let Ok(cached_tokens) = u64::try_from(outcome.cached_tokens) {
+                count(TargetCounter::PromptTokens, prompt_tokens);
+                count(TargetCounter::ReportedCachedTokens, cached_tokens);
+                count(TargetCounter::PredictedCachedTokens, terms.predicted_cached_tokens.min(prompt_tokens));
+            }
+        }
+        if let Ok(completion_tokens @ 1..) = u64::try_from(outcome.completion_tokens) {
+            count(TargetCounter::CompletionTokens, completion_tokens);
+            let bytes = completion_tokens as f64 * state.targets.bytes_per_token(slot);
+            state.index.advance(slot, bytes as u64);
+        }
+    }
+}

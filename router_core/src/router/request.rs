@@ -1,0 +1,134 @@
+//! A request: what one scan of its body found, and how far it has come.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Router;
+use crate::metrics::Series;
+use crate::prompt::{Endpoint, Prompt};
+
+/// The header by which a client insists on a dp rank.
+const RANK_HEADER: &str = "x-data-parallel-rank";
+
+/// A request that is being routed.
+pub struct Request {
+    router: Arc<Router>,
+    endpoint: Endpoint,
+    prompt: Prompt,
+    model_hash: Option<u64>,
+    pinned_rank: Option<u16>,
+    accepted_ns: u64,
+    progress: Mutex<Progress>,
+}
+
+/// What changes while a request is being routed.
+#[derive(Default)]
+pub(super) struct Progress {
+    /// Heads and incarnations of the workers that failed it.
+    pub(super) failed: Vec<(u16, u64)>,
+    /// Leases so far.
+    pub(super) attempts: u32,
+    pub(super) finished: bool,
+    series: Option<Series>,
+}
+
+impl Progress {
+    /// Where the request is counted: under `model`, unless that was said before. The first time, it counts as accepted.
+    pub(super) fn settle(&mut self, request: &Request, model: Option<u64>) -> Series {
+        let slab = &request.router.slab;
+        *self.series.get_or_insert_with(|| {
+            let series = slab.settle(model, request.endpoint, request.prompt.stream);
+            slab.accept(series);
+            series
+        })
+    }
+}
+
+impl Request {
+    pub(super) fn new(
+        router: &Arc<Router>,
+        endpoint: Endpoint,
+        routing_headers: &[u8],
+        prompt: Prompt,
+        accepted_ns: u64,
+    ) -> Self {
+        let rank = prompt.pinned_rank.map(|rank| u16::try_from(rank).unwrap_or(u16::MAX));
+        Self {
+            router: Arc::clone(router),
+            endpoint,
+            model_hash: prompt.model.as_deref().map(|name| router.names.hash(name)),
+            pinned_rank: rank.or_else(|| rank_of_headers(routing_headers)),
+            prompt,
+            accepted_ns,
+            progress: Mutex::default(),
+        }
+    }
+
+    /// Where it came to.
+    pub fn endpoint(&self) -> Endpoint {
+        self.endpoint
+    }
+
+    /// What its body says.
+    pub fn prompt(&self) -> &Prompt {
+        &self.prompt
+    }
+
+    /// Count the client's request as answered, once; see [`Router::finish`].
+    pub fn finish(&self, status: u16, first_byte_ns: Option<u64>, now_ns: u64) {
+        self.router.finish(self, status, first_byte_ns, now_ns);
+    }
+
+    pub(super) fn router(&self) -> &Arc<Router> {
+        &self.router
+    }
+
+    pub(super) fn model_hash(&self) -> Option<u64> {
+        self.model_hash
+    }
+
+    /// The dp rank that the client insists on, in the body or in a header.
+    pub(super) fn pinned_rank(&self) -> Option<u16> {
+        self.pinned_rank
+    }
+
+    pub(super) fn accepted_ns(&self) -> u64 {
+        self.accepted_ns
+    }
+
+    pub(super) fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Request {
+    /// Given up before it was finished: it was accepted all the same.
+    fn drop(&mut self) {
+        let mut progress = std::mem::take(&mut *self.progress());
+        progress.settle(self, None);
+    }
+}
+
+fn rank_of_headers(headers: &[u8]) -> Option<u16> {
+    let lines = std::str::from_utf8(headers).ok()?.lines();
+    let value = lines.filter_map(|line| line.split_once(':')).find(|(name, _)| *name == RANK_HEADER)?.1;
+    value.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_can_be_pinned_by_header() {
+        let table: [(&[u8], Option<u16>); 5] = [
+            (b"", None),
+            (b"x-data-parallel-rank: 3\r\n", Some(3)),
+            (b"x-smg-routing-key: a:b\r\nx-data-parallel-rank:0\r\n", Some(0)),
+            (b"x-data-parallel-rank: three\r\n", None),
+            (b"\xff", None),
+        ];
+        for (headers, expected) in table {
+            assert_eq!(rank_of_headers(headers), expected);
+        }
+    }
+}
