@@ -1,0 +1,72 @@
+"""The engine of one worker: a scheduler and its executor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from warmroute_worker import model_config, model_folder
+from warmroute_worker.executor.in_process import InProcessExecutor
+from warmroute_worker.kv.cache import KvCache
+from warmroute_worker.messages import Ready
+from warmroute_worker.scheduler.scheduler import Limits, Scheduler
+
+if TYPE_CHECKING:
+    from warmroute_worker.args import WorkerArgs
+    from warmroute_worker.executor.executor import Executor
+    from warmroute_worker.messages import StepOutput
+    from warmroute_worker.model_config import ModelConfig
+
+
+class Engine:
+    """Requests go to `scheduler`, answers come out of `step`."""
+
+    def __init__(self, executor: Executor, config: ModelConfig, args: WorkerArgs) -> None:
+        facts = executor.facts
+        self._executor = executor
+        self.cache = KvCache(facts.num_pages)
+        limits = Limits(
+            context_length=facts.context_length,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            page_size=args.page_size,
+            max_running_requests=args.max_running_requests,
+            chunked_prefill_size=args.chunked_prefill_size,
+            random_seed=args.random_seed,
+        )
+        self.scheduler = Scheduler(limits, self.cache)
+        self.ready = Ready(
+            context_length=facts.context_length,
+            vocab_size=config.vocab_size,
+            max_total_tokens=facts.num_pages * args.page_size,
+            page_size=args.page_size,
+            max_running_requests=args.max_running_requests,
+            eos_token_ids=list(config.eos_token_ids),
+            model_type=config.model_type,
+            architectures=list(config.architectures),
+            dtype=facts.dtype,
+            device=facts.device,
+            weight_bytes=facts.weight_bytes,
+            kv_pool_bytes=facts.kv_pool_bytes,
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to compute and nothing to say."""
+        return self.scheduler.is_idle
+
+    def step(self) -> StepOutput:
+        """Compute one step for everything that can run, and say what it brought."""
+        plan = self.scheduler.schedule()
+        token_ids = self._executor.execute(plan)
+        output = self.scheduler.apply(token_ids)
+        if self.is_idle:
+            self.cache.check_balance()
+        return output
+
+
+def load(args: WorkerArgs) -> Engine:
+    """The engine that `args` ask for. Raises LookupError or StartupError with one line for the user."""
+    folder = model_folder.resolve(args.model_path)
+    config = model_config.read(folder)
+    model_config.check_tokenizer(folder, config.vocab_size)
+    return Engine(InProcessExecutor(folder, config, args), config, args)

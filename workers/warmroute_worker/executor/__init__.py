@@ -1,0 +1,1 @@
+"""Runs step plans: model, pool and sampler behind one call."""

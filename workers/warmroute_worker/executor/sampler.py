@@ -1,0 +1,69 @@
+"""From logits to tokens. A row's token depends on its own logits, parameters, seed and position, not on the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from warmroute_worker.executor.philox import Float64s, uniforms
+
+if TYPE_CHECKING:
+    from warmroute_worker.step_plan import Int64s, SamplingColumns
+
+
+def sample(logits: torch.Tensor, columns: SamplingColumns) -> Int64s:
+    """[rows, vocab] float32 logits -> [rows] token ids."""
+    vocab = logits.shape[1]
+    tokens = logits.argmax(dim=-1)
+    drawn = columns.temperatures > 0
+    if drawn.any():
+        filtered = drawn & (((columns.top_ks >= 1) & (columns.top_ks < vocab)) | (columns.top_ps < 1))
+        numbers = uniforms(columns.seeds, columns.positions)
+        for kind, draw in ((drawn & ~filtered, _draw), (filtered, _draw_filtered)):
+            rows = np.flatnonzero(kind)
+            if len(rows):
+                index = torch.from_numpy(rows).to(logits.device)
+                tokens[index] = draw(logits[index], columns, rows, numbers[rows])
+    result: Int64s = tokens.cpu().numpy()
+    return result
+
+
+def _draw(logits: torch.Tensor, columns: SamplingColumns, rows: Int64s, numbers: Float64s) -> torch.Tensor:
+    """Inversion of the whole distribution, in the order of token ids."""
+    return _invert(_probabilities(logits, columns, rows), numbers)
+
+
+def _draw_filtered(logits: torch.Tensor, columns: SamplingColumns, rows: Int64s, numbers: Float64s) -> torch.Tensor:
+    """The `top_k` likeliest tokens, and of them the fewest whose share reaches `top_p`; equal ones by token id."""
+    vocab, device = logits.shape[1], logits.device
+    ordered, ids = _probabilities(logits, columns, rows).sort(dim=-1, descending=True, stable=True)
+    wanted = columns.top_ks[rows].astype(np.int64)
+    top_ks = torch.from_numpy(np.where(wanted < 1, vocab, wanted)).to(device)
+    top_ps = torch.from_numpy(columns.top_ps[rows].astype(np.float64)).to(device)
+    ordered = ordered.masked_fill_(torch.arange(vocab, device=device) >= top_ks[:, None], 0.0)
+    ordered /= ordered.sum(dim=-1, keepdim=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    before[:, 0] = -1.0  # the likeliest token stays, even with top_p 0
+    ordered.masked_fill_(before >= top_ps[:, None], 0.0)
+    return ids.gather(1, _invert(ordered, numbers)[:, None])[:, 0]
+
+
+def _probabilities(logits: torch.Tensor, columns: SamplingColumns, rows: Int64s) -> torch.Tensor:
+    """In float64: the sums below must not depend on the order of addition in any way that shows."""
+    temperatures = torch.from_numpy(columns.temperatures[rows].astype(np.float64)).to(logits.device)
+    # The largest is taken off first, so that a temperature of 1e-30 gives -inf beside 0 and not inf beside inf.
+    logits = logits.double()
+    return torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None], dim=-1)
+
+
+def _invert(weights: torch.Tensor, numbers: Float64s) -> torch.Tensor:
+    """Index of the column in which number x total falls; never one of weight 0."""
+    sums = weights.cumsum(dim=-1)
+    total = sums[:, -1:]
+    # The product may round up to the total itself, which lies beyond the last column.
+    targets = torch.minimum(
+        torch.from_numpy(numbers).to(weights.device)[:, None] * total, torch.nextafter(total, -total)
+    )
+    return torch.searchsorted(sums, targets, right=True)[:, 0]

@@ -1,0 +1,44 @@
+"""The tensors of the KV pool."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+class KvPool:
+    """Keys and values of every layer, [layers, 2, slots, kv_heads, head_dim]; slot = page * page_size + offset."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Room for `num_pages` and the padding page 0."""
+        shape = (num_layers, 2, (num_pages + 1) * page_size, kv_heads, head_dim)
+        self.data = _zeros(shape, dtype, device)
+        self.page_size = page_size
+        # Views made once: slicing the pool for each layer of each step would cost more than the store itself.
+        self.keys = [self.data[layer, 0] for layer in range(num_layers)]
+        self.values = [self.data[layer, 1] for layer in range(num_layers)]
+        self.pages = [self.data[layer].view(2, num_pages + 1, -1) for layer in range(num_layers)]
+        """Per layer [2, pages, page_size * kv_heads * head_dim]: what attention gathers from, a page at a time."""
+
+
+def page_bytes(num_layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers."""
+    return num_layers * 2 * page_size * kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy gets zero pages from the kernel that cost nothing until they are written; torch.zeros writes them all. They
+    # must be zero and not just empty: padding is masked by a weight of 0, and 0 * NaN is NaN.
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,196 @@
+"""config.json and generation_config.json of a model folder, as transformers v4 and v5 write them. Imports no torch.
+
+After `read` nobody looks into these files again: what the engine does not implement has been refused by name here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from warmroute_worker.startup_error import StartupError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+ROPE_TYPES = ("default", "linear", "llama3")
+QUANT_METHODS = ("int8_per_channel",)
+
+
+class ModelError(StartupError):
+    """The model folder cannot be served; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. The llama3 fields are those of transformers' `rope_parameters` of the same names."""
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers of a decoder-only transformer. Sizes are in elements."""
+
+    architectures: tuple[str, ...]
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    """What the checkpoint was made in: float32, bfloat16 or float16."""
+    initializer_range: float
+    quant_method: str | None
+
+    @property
+    def architecture(self) -> str:
+        """The one of `architectures` that is implemented."""
+        return next(name for name in self.architectures if name in SUPPORTED_ARCHITECTURES)
+
+
+def read(folder: Path) -> ModelConfig:
+    """The configuration of the model in `folder`. Raises ModelError with one line."""
+    raw = _json_object(folder / "config.json")
+    architectures = tuple(raw.get("architectures") or ())
+    if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
+        named = ", ".join(map(str, architectures)) or f"model_type {raw.get('model_type')!r}"
+        raise ModelError(
+            f"{folder}: architecture {named} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    try:
+        config = _parse(raw, architectures, _eos_token_ids(folder, raw))
+    except KeyError as error:
+        raise ModelError(f"{folder}/config.json: {error.args[0]} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder}/config.json: {error}") from error
+    return config
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Raise ModelError if tokenizer.json makes ids the model has no embedding for. Without the file nothing is said."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    raw = _json_object(path)
+    vocabulary = (raw.get("model") or {}).get("vocab") or {}
+    # Unigram tokenizers list [piece, score] pairs, whose place is the id; the others map text to id.
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    largest = max([*ids, *(token["id"] for token in raw.get("added_tokens") or ())], default=-1)
+    if largest >= vocab_size:
+        raise ModelError(
+            f"{folder}: tokenizer.json has token ids up to {largest}, but config.json says vocab_size {vocab_size}"
+        )
+
+
+def _parse(raw: dict[str, Any], architectures: tuple[str, ...], eos_token_ids: tuple[int, ...]) -> ModelConfig:
+    hidden_size = _size(raw, "hidden_size")
+    num_heads = _size(raw, "num_attention_heads")
+    num_kv_heads = _size(raw, "num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
+    if raw.get("head_dim") is None and hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}")
+    head_dim = _size(raw, "head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need pairs")
+    if (activation := raw.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act {activation!r} is not supported; supported: silu")
+    quant_method = (raw.get("quantization_config") or {}).get("quant_method")
+    if quant_method is not None and quant_method not in QUANT_METHODS:
+        raise ValueError(f"quant_method {quant_method!r} is not supported; supported: {', '.join(QUANT_METHODS)}")
+    return ModelConfig(
+        architectures=architectures,
+        model_type=str(raw.get("model_type", "")),
+        vocab_size=_size(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_size(raw, "intermediate_size"),
+        num_layers=_size(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=_rope(raw),
+        max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=bool(raw.get("attention_bias", False)),
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        eos_token_ids=eos_token_ids,
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+        initializer_range=float(raw.get("initializer_range", 0.02)),
+        quant_method=quant_method,
+    )
+
+
+def _rope(raw: dict[str, Any]) -> RopeConfig:
+    """v5 keeps everything in `rope_parameters`; v4 has `rope_theta` beside an optional `rope_scaling`."""
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1 is not supported")
+    theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or RopeConfig.theta)
+    if rope_type == "default":
+        return RopeConfig(theta)
+    if rope_type == "linear":
+        return RopeConfig(theta, rope_type, float(parameters["factor"]))
+    return RopeConfig(
+        theta,
+        rope_type,
+        float(parameters["factor"]),
+        float(parameters["low_freq_factor"]),
+        float(parameters["high_freq_factor"]),
+        int(parameters["original_max_position_embeddings"]),
+    )
+
+
+def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    """generation_config.json wins over config.json, as in transformers' generate()."""
+    path = folder / "generation_config.json"
+    value = _json_object(path).get("eos_token_id") if path.is_file() else None
+    if value is None:
+        value = raw.get("eos_token_id")
+    if value is None:
+        return ()
+    return tuple(int(token) for token in value) if isinstance(value, list) else (int(value),)
+
+
+def _size(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = raw.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise KeyError(name)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return value
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    return value

@@ -1,0 +1,79 @@
+"""The decoder of the Llama family: pre-norm attention with rotary positions and grouped queries, then a gated MLP.
+
+Mistral and Qwen differ in a bias, a norm of queries and keys, or the MLP; they belong into this file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from warmroute_worker.layers.linear import Embedding, Linear, RmsNorm, silu_and_multiply
+from warmroute_worker.layers.rope import RotaryEmbedding
+
+if TYPE_CHECKING:
+    from warmroute_worker.layers.attention import AttentionBatch, PagedAttention
+    from warmroute_worker.model_config import ModelConfig
+    from warmroute_worker.weights.source import WeightSource
+
+CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+class Decoder:
+    """Token ids to logits. Holds the weights; keys and values are the attention's business."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, context_length: int) -> None:
+        """Raises ModelError if `source` lacks a tensor or has it in another shape."""
+        hidden = config.hidden_size
+        self._embedding = Embedding(source, "model.embed_tokens", config.vocab_size, hidden)
+        self._layers = [DecoderLayer(config, source, index) for index in range(config.num_layers)]
+        self._norm = RmsNorm(source, "model.norm", hidden, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self._head = self._embedding if tied else Embedding(source, "lm_head", config.vocab_size, hidden)
+        weight = self._embedding.weight
+        self._rope = RotaryEmbedding(config.rope, config.head_dim, context_length, weight.dtype, weight.device)
+
+    def forward(
+        self, token_ids: torch.Tensor, wanted: torch.Tensor, attention: PagedAttention, batch: AttentionBatch
+    ) -> torch.Tensor:
+        """[tokens] ids -> [len(wanted), vocab] float32 logits of the tokens at `wanted`."""
+        x = self._embedding(token_ids)
+        cos_sin = self._rope.at(batch.positions)
+        for layer in self._layers:
+            x = layer(x, cos_sin, self._rope, attention, batch)
+        return self._head.logits(self._norm(x[wanted])).float()
+
+
+class DecoderLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource, index: int) -> None:
+        name, hidden, eps = f"model.layers.{index}", config.hidden_size, config.rms_norm_eps
+        self._index = index
+        self._head_dim = config.head_dim
+        self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        projections = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
+        self._attention_norm = RmsNorm(source, f"{name}.input_layernorm", hidden, eps)
+        self._qkv = Linear(source, projections, hidden, [query_size, kv_size, kv_size], config.attention_bias)
+        self._output = Linear(source, [f"{name}.self_attn.o_proj"], query_size, [hidden], config.attention_bias)
+        self._mlp_norm = RmsNorm(source, f"{name}.post_attention_layernorm", hidden, eps)
+        self._gate_up = Linear(
+            source,
+            [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"],
+            hidden,
+            [config.intermediate_size] * 2,
+            config.mlp_bias,
+        )
+        self._down = Linear(source, [f"{name}.mlp.down_proj"], config.intermediate_size, [hidden], config.mlp_bias)
+
+    def __call__(
+        self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
+    ) -> torch.Tensor:
+        heads, kv_heads = self._num_heads, self._num_kv_heads
+        qkv = self._qkv(self._attention_norm(x)).view(len(x), heads + 2 * kv_heads, self._head_dim)
+        turned = rope.rotate(qkv[:, : heads + kv_heads], cos_sin)
+        seen = attention.attend(self._index, turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :], batch)
+        x = x + self._output(seen)
+        return x + self._down(silu_and_multiply(self._gate_up(self._mlp_norm(x))))

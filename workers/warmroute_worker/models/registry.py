@@ -1,0 +1,18 @@
+"""Which class implements which architecture of config.json (`model_config.SUPPORTED_ARCHITECTURES` names them)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from warmroute_worker.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from warmroute_worker.model_config import ModelConfig
+    from warmroute_worker.weights.source import WeightSource
+
+_CLASSES = {"LlamaForCausalLM": Decoder}
+
+
+def build(config: ModelConfig, source: WeightSource, context_length: int) -> Decoder:
+    """The model with its weights. Raises ModelError if `source` does not fit `config`."""
+    return _CLASSES[config.architecture](config, source, context_length)

@@ -1,0 +1,96 @@
+"""One request on its way from prompt to finish reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from warmroute_worker.kv.cache import PageLease
+    from warmroute_worker.kv.radix import PageKey
+    from warmroute_worker.messages import Sampling
+
+
+class Request:
+    """Tokens so far, and how many of them have keys and values in the pool.
+
+    Waiting: no lease. Running: a lease and a row. Prefill and decode are not states: a running request has
+    `num_pending` tokens to compute, just one when it decodes, and the step that computes the last one samples the next.
+    """
+
+    __slots__ = (
+        "_keys",
+        "cached_tokens",
+        "expected_uncached",
+        "lease",
+        "max_new_tokens",
+        "num_computed",
+        "page_size",
+        "prompt_length",
+        "rid",
+        "row",
+        "sampling",
+        "seed",
+        "stop_token_ids",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        rid: str,
+        token_ids: list[int],
+        max_new_tokens: int,
+        stop_token_ids: frozenset[int],
+        sampling: Sampling,
+        seed: int,
+        page_size: int,
+    ) -> None:
+        """`seed` is what random numbers are made from, whether the client chose it or not."""
+        self.rid = rid
+        self.tokens = list(token_ids)
+        self.prompt_length = len(token_ids)
+        self.max_new_tokens = max_new_tokens
+        self.stop_token_ids = stop_token_ids
+        self.sampling = sampling
+        self.seed = seed
+        self.page_size = page_size
+        self.num_computed = 0
+        self.cached_tokens: int | None = None
+        """Prompt tokens found cached when the request first ran; None before."""
+        self.expected_uncached = 0
+        """Prompt tokens that were not cached when it came."""
+        self.lease: PageLease | None = None
+        self.row = -1
+        self._keys: list[PageKey] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"<Request {self.rid} [{self.prompt_length} + {self.num_new} tokens, {self.num_computed} computed,"
+            f" {'waiting' if self.lease is None else f'row {self.row}'}]>"
+        )
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens without keys and values; at least 1, because the newest token is always one of them."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens it may still generate."""
+        return self.max_new_tokens - self.num_new
+
+    def keys(self, num_tokens: int) -> list[PageKey]:
+        """The keys of the full pages among the first `num_tokens` tokens."""
+        size, count = self.page_size, num_tokens // self.page_size
+        for index in range(len(self._keys), count):
+            self._keys.append(tuple(self.tokens[index * size : (index + 1) * size]))
+        return self._keys[:count]
+
+    def finish_reason(self) -> str | None:
+        """Judged by the newest token."""
+        if self.tokens[-1] in self.stop_token_ids:
+            return "stop"
+        return "length" if self.num_remaining <= 0 else None

@@ -1,0 +1,319 @@
+"""Continuous batching over a paged pool: every step decodes all running requests and prefills a bounded number.
+
+* Order is first come, first served. A request that does not fit blocks those behind it, so none starves.
+* Admission is optimistic (admission.py). When the pool runs out, the newest request is retracted: its pages go to the
+  prefix cache, it waits at the head of the queue and is recomputed. The oldest is never retracted for a newer one and a
+  lone one always fits, because its length was cut to the pool; so there is no deadlock and nothing is dropped.
+* The pages of the whole prompt are taken at admission; only decoding allocates later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from warmroute_worker.messages import FlushResult, Load, Row, StepOutput
+from warmroute_worker.scheduler.admission import NewTokenRatio, refusal
+from warmroute_worker.scheduler.batch import Chunk, step_plan
+from warmroute_worker.scheduler.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from warmroute_worker.kv.cache import KvCache, PageLease
+    from warmroute_worker.kv.radix import Node, PageKey
+    from warmroute_worker.messages import Generate
+    from warmroute_worker.step_plan import StepPlan
+
+UNCHUNKED_PREFILL_TOKENS = 16384
+"""With chunking off, prompts are computed whole and no further one is begun in a step that has so many tokens."""
+
+DEFERRALS_PER_STEP = 64
+"""How many waiting requests one admission may step over because their prefix is being computed: bounds its time."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the scheduler must know about model, pool and arguments."""
+
+    context_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    page_size: int
+    max_running_requests: int
+    chunked_prefill_size: int
+    """-1: whole prompts."""
+    random_seed: int
+
+
+class Scheduler:
+    """Owns all requests. `schedule` says what to compute, `apply` takes the tokens; between them nothing may change."""
+
+    def __init__(self, limits: Limits, cache: KvCache) -> None:
+        self._limits = limits
+        self._cache = cache
+        self._pool_tokens = cache.num_pages * limits.page_size
+        self._requests: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        """Oldest admission first."""
+        self._free_rows = list(range(limits.max_running_requests - 1, -1, -1))
+        self._ratio = NewTokenRatio()
+        self._chunks: list[Chunk] = []
+        """What the plan in flight computes."""
+        self._page_updates: list[tuple[int, int, int]] = []
+        self._rows: list[Row] = []
+        """Answers that did not need a step: refusals and aborts."""
+        self._num_added = 0
+        self.retractions_total = 0
+        self._waiting_uncached_tokens = 0
+        self._cached_tokens_total = 0
+        self._prompt_tokens_total = 0
+        self._generation_tokens_total = 0
+
+    def __repr__(self) -> str:
+        counts = f"{len(self._running)} running, {len(self._waiting)} waiting, {self._cache.num_available} pages"
+        return f"<Scheduler [{counts}]>"
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to compute and nothing to say."""
+        return not self._requests and not self._rows
+
+    def add(self, message: Generate) -> None:
+        """Queue a request, or refuse it with an error row if it could never run. Its rid must not be in use."""
+        if message.rid in self._requests:
+            raise ValueError(f"a request with rid {message.rid!r} is running")
+        limits = self._limits
+        reason = refusal(message, limits.context_length, self._pool_tokens, limits.vocab_size)
+        if reason is not None:
+            self._rows.append(Row(message.rid, [], "error", 0, reason))
+            return
+        self._num_added += 1
+        room = min(limits.context_length, self._pool_tokens) - len(message.token_ids)
+        stop_token_ids = (
+            message.stop_token_ids if message.ignore_eos else [*message.stop_token_ids, *limits.eos_token_ids]
+        )
+        seed = message.sampling.seed
+        if seed is None:
+            seed = (limits.random_seed << 32) + self._num_added
+        request = Request(
+            message.rid,
+            message.token_ids,
+            min(message.max_new_tokens, room),
+            frozenset(stop_token_ids),
+            message.sampling,
+            seed % (1 << 64),
+            limits.page_size,
+        )
+        cached = self._cache.match_length(self._matchable(request)) * limits.page_size
+        request.expected_uncached = request.prompt_length - cached
+        self._requests[request.rid] = request
+        self._enqueue(request, first=False)
+
+    def abort(self, rid: str) -> None:
+        """End a request now: its pages are available when this returns. One that is not there is no error."""
+        request = self._requests.get(rid)
+        if request is None:
+            return
+        if request.lease is None:
+            self._waiting.remove(request)
+            self._waiting_uncached_tokens -= request.expected_uncached
+        self._finish(request)
+        self._rows.append(Row(rid, [], "abort", request.cached_tokens or 0, None))
+
+    def flush(self, flush_id: int) -> FlushResult:
+        """Empty the prefix cache, unless requests run or wait."""
+        if self._requests:
+            count = len(self._requests)
+            return FlushResult(flush_id, False, f"the cache was not flushed: {count} requests are running or waiting")
+        self._cache.flush()
+        return FlushResult(flush_id, True, "the cache was flushed")
+
+    def schedule(self) -> StepPlan:
+        """The next step; an empty plan if nothing can run."""
+        self._ratio.stepped()
+        self._grow()
+        self._admit()
+        self._chunks = self._next_chunks()
+        plan = step_plan(self._chunks, self._page_updates)
+        self._page_updates.clear()
+        return plan
+
+    def apply(self, token_ids: Sequence[int]) -> StepOutput:
+        """Take the tokens of the last plan, one per sampled sequence in its order, and say what is new."""
+        rows, self._rows = self._rows, []
+        sampled = iter(token_ids)
+        for chunk in self._chunks:
+            request, length = chunk
+            samples = chunk.samples
+            request.num_computed += length
+            if length > 1:
+                # Siblings that wait with the same prompt find these pages in the next step.
+                self._publish(request)
+            if not samples:
+                continue
+            token = next(sampled)
+            request.tokens.append(token)
+            self._generation_tokens_total += 1
+            reason = request.finish_reason()
+            rows.append(Row(request.rid, [token], reason, request.cached_tokens or 0, None))
+            if reason is not None:
+                self._finish(request)
+        self._chunks = []
+        return StepOutput(rows, self.load())
+
+    def load(self) -> Load:
+        size = self._limits.page_size
+        return Load(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            used_tokens=(self._cache.num_pages - self._cache.num_available) * size,
+            total_tokens=self._pool_tokens,
+            cached_tokens_total=self._cached_tokens_total,
+            prompt_tokens_total=self._prompt_tokens_total,
+            generation_tokens_total=self._generation_tokens_total,
+            evicted_tokens_total=self._cache.evicted_pages_total * size,
+            waiting_uncached_tokens=self._waiting_uncached_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if requests, rows and pages disagree. Walks everything; for tests."""
+        self._cache.check_integrity()
+        assert len(self._requests) == len(self._waiting) + len(self._running)
+        rows = [request.row for request in self._running]
+        assert sorted(rows + self._free_rows) == list(range(self._limits.max_running_requests))
+        assert self._waiting_uncached_tokens == sum(request.expected_uncached for request in self._waiting)
+        for request in self._running:
+            lease = request.lease
+            assert lease is not None
+            assert 0 <= request.num_computed < len(request.tokens)
+            assert len(lease.pages) * self._limits.page_size >= request.num_computed
+        for request in self._waiting:
+            assert request.lease is None
+            assert request.num_computed == 0
+
+    def _grow(self) -> None:
+        """Give every running request the page its next token needs, retracting the newest if there are none left."""
+        size = self._limits.page_size
+        for request in list(self._running):
+            while (lease := request.lease) is not None and len(lease.pages) * size < len(request.tokens):
+                page = self._cache.extend(lease)
+                if page is None:
+                    self._retract(self._running[-1])
+                else:
+                    self._page_updates.append((request.row, len(lease.pages) - 1, page))
+
+    def _retract(self, request: Request) -> None:
+        self._leave(request)
+        request.num_computed = 0
+        self._enqueue(request, first=True)
+        self._ratio.retracted()
+        self.retractions_total += 1
+
+    def _admit(self) -> None:
+        """Move waiting requests to running, in order, as long as rows, pages and this step's token budget last."""
+        budget = self._prefill_budget() - sum(
+            request.num_pending for request in self._running if request.num_pending > 1
+        )
+        being_computed: set[tuple[Node, PageKey]] = set()
+        for request in self._running:
+            if request.num_pending > 1:
+                lease = request.lease
+                assert lease is not None
+                being_computed |= _next_page(lease.node, lease.num_shared, self._matchable(request))
+        deferred: list[Request] = []
+        while self._waiting and self._free_rows and budget > 0 and len(deferred) < DEFERRALS_PER_STEP:
+            request = self._waiting[0]
+            keys = self._matchable(request)
+            match = self._cache.match(keys)
+            next_page = _next_page(match.node, len(match.pages), keys)
+            if next_page and next_page <= being_computed:
+                # A running request computes the page that this one needs next: in a step or two it will be cached.
+                deferred.append(self._waiting.popleft())
+                continue
+            lease = self._cache.acquire(match, *self._wanted_pages(request))
+            if lease is None:
+                break
+            self._waiting.popleft()
+            self._start(request, lease)
+            being_computed |= next_page
+            budget -= request.num_pending
+        self._waiting.extendleft(reversed(deferred))
+
+    def _wanted_pages(self, request: Request) -> tuple[int, int]:
+        """Pages for all the request's tokens, and how many must be left then for it and the others to grow."""
+        size = self._limits.page_size
+        num_pages = -(-len(request.tokens) // size)
+        if not self._running:
+            return num_pages, 0
+        return num_pages, self._ratio.reserve_pages([*self._running, request], size)
+
+    def _start(self, request: Request, lease: PageLease) -> None:
+        request.lease = lease
+        request.row = self._free_rows.pop()
+        request.num_computed = lease.num_shared * self._limits.page_size
+        self._page_updates += [(request.row, index, page) for index, page in enumerate(lease.pages)]
+        self._running.append(request)
+        self._waiting_uncached_tokens -= request.expected_uncached
+        if request.cached_tokens is None:
+            request.cached_tokens = request.num_computed
+            self._cached_tokens_total += request.num_computed
+            self._prompt_tokens_total += request.prompt_length
+
+    def _next_chunks(self) -> list[Chunk]:
+        """Decodes first, then prefills, the oldest first, within the budget."""
+        chunks = [Chunk(request, 1) for request in self._running if request.num_pending == 1]
+        budget = self._prefill_budget()
+        chunked = self._limits.chunked_prefill_size > 0
+        for request in self._running:
+            pending = request.num_pending
+            if pending > 1 and budget > 0:
+                length = min(pending, budget) if chunked else pending
+                chunks.append(Chunk(request, length))
+                budget -= length
+        return chunks
+
+    def _prefill_budget(self) -> int:
+        size = self._limits.chunked_prefill_size
+        return size if size > 0 else UNCHUNKED_PREFILL_TOKENS
+
+    def _matchable(self, request: Request) -> list[PageKey]:
+        """Keys of the pages that may come from the cache: at least one token must be computed to sample the next."""
+        return request.keys(len(request.tokens) - 1)
+
+    def _publish(self, request: Request) -> None:
+        lease = request.lease
+        assert lease is not None
+        if request.num_computed // self._limits.page_size <= lease.num_shared:
+            return
+        for index in self._cache.publish(lease, request.keys(request.num_computed)):
+            self._page_updates.append((request.row, index, lease.pages[index]))
+
+    def _enqueue(self, request: Request, *, first: bool) -> None:
+        if first:
+            self._waiting.appendleft(request)
+        else:
+            self._waiting.append(request)
+        self._waiting_uncached_tokens += request.expected_uncached
+
+    def _finish(self, request: Request) -> None:
+        if request.lease is not None:
+            self._leave(request)
+        del self._requests[request.rid]
+
+    def _leave(self, request: Request) -> None:
+        """Stop running: what was computed stays cached as long as nobody needs the pages."""
+        lease = request.lease
+        assert lease is not None
+        self._cache.release(lease, request.keys(request.num_computed))
+        request.lease = None
+        self._running.remove(request)
+        self._free_rows.append(request.row)
+        request.row = -1
+
+
+def _next_page(node: Node, num_cached: int, keys: list[PageKey]) -> set[tuple[Node, PageKey]]:
+    """Where in the tree the first uncached one of `keys` will be published; empty if all are cached."""
+    return {(node, keys[num_cached])} if num_cached < len(keys) else set()

@@ -1,0 +1,54 @@
+"""One step of the engine, as the scheduler orders it and an executor runs it. Imports no torch.
+
+A plan is columns of numbers and nothing else, so that it can be sent to executors in other processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+
+PADDING_PAGE = 0
+"""Page 0 of the pool belongs to nobody and stays zero: page lists are padded with it."""
+
+
+@dataclass(frozen=True)
+class SamplingColumns:
+    """One entry per sequence that gets a token in this step, in the order of the plan."""
+
+    temperatures: npt.NDArray[np.float32]
+    """0 is greedy."""
+    top_ks: Int32s
+    """Below 1: off."""
+    top_ps: npt.NDArray[np.float32]
+    seeds: npt.NDArray[np.uint64]
+    positions: Int64s
+    """Place of the new token in its sequence. With the seed it fixes the random number, whatever the batch."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What to compute: for each sequence i, `lengths[i]` tokens after the `starts[i]` whose keys and values are stored.
+
+    An executor keeps a page table: [row, n] is the page of tokens n * page_size ... of the sequence in that row.
+    """
+
+    rows: Int32s
+    """Row of each sequence in the page table."""
+    starts: Int32s
+    lengths: Int32s
+    token_ids: Int64s
+    """[sum(lengths)]"""
+    sampled: npt.NDArray[np.bool_]
+    """False for a prefill chunk that is not the last: it yields no token."""
+    sampling: SamplingColumns
+    page_updates: Int32s
+    """[n, 3]: row, index, page; to be written into the page table in this order, before the step."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
