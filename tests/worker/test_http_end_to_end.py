@@ -177,8 +177,7 @@ def test_eos_and_stop_token_ids_end_an_answer(model: Model, client: httpx.Client
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_curl_sees_tokens_when_they_are_made(model: Model, worker: WorkerProcess, client: httpx.Client) -> None:
-    client.get("/health")
+def test_curl_sees_tokens_when_they_are_made(worker: WorkerProcess) -> None:
     body = {"prompt": "some text", "stream": True, "max_tokens": 200, "ignore_eos": True, "temperature": 1.0, "seed": 3}
     command = ["curl", "-sN", "--fail", worker.url() + "/v1/completions", "-d", json.dumps(body)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -186,8 +185,9 @@ def test_curl_sees_tokens_when_they_are_made(model: Model, worker: WorkerProcess
         times = [time.monotonic() for line in process.stdout if line.startswith("data: ")]
     assert process.returncode == 0
     assert len(times) > 50
-    early, late = times[len(times) // 4] - times[0], times[-1] - times[0]
-    assert early < late / 2, "spread over the time that the answer took"
+    half, whole = times[len(times) // 2] - times[0], times[-1] - times[0]
+    assert whole > 0.02
+    assert 0.1 * whole < half < 0.9 * whole, "spread over the time that the answer took"
 
 
 def test_a_client_that_leaves_frees_its_pages(client: httpx.Client) -> None:
@@ -197,7 +197,8 @@ def test_a_client_that_leaves_frees_its_pages(client: httpx.Client) -> None:
 
     body = {"prompt": "x" * 300, "stream": True, "max_tokens": 700, "ignore_eos": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         requests, used = load()
         assert requests == 1
         assert used >= 300
@@ -209,7 +210,8 @@ def test_the_cache_is_flushed_only_when_idle(model: Model, client: httpx.Client)
     greedy(client, prompt)
     body = {"prompt": "x" * 30, "stream": True, "max_tokens": 900, "ignore_eos": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # dropping this iterator would close the connection
+        next(lines)
         assert client.post("/flush_cache").status_code == 400
     until(lambda: client.get("/get_load").json()[0]["num_reqs"] == 0, 5)
     assert greedy(client, prompt)["meta_info"]["cached_tokens"] == 128
@@ -282,8 +284,8 @@ def test_sigterm(model: Model) -> None:
     [
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, [], "BertForMaskedLM"),
         ({}, ["--max-total-tokens", "1000000000000"], "memory"),
-        ({"hidden_size": 128, "head_dim": 32}, [], "model.safetensors"),
-        (None, [], "safetensors"),
+        pytest.param({"hidden_size": 128, "head_dim": 32}, [], "has shape", marks=pytest.mark.slow),
+        pytest.param(None, [], "safetensors", marks=pytest.mark.slow),
     ],
 )
 def test_an_engine_that_cannot_start_says_why_in_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import socket
 import sys
 
@@ -18,10 +19,12 @@ def main() -> int:
     options = parser.parse_args()
     die_with_parent(options.parent_pid)
     leave_signals_to_parent()
+    args: WorkerArgs = options.worker_args
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Only now: this imports torch, which takes seconds in which the supervisor may die.
     from warmroute_worker import driver
 
-    return driver.main(socket.socket(fileno=options.engine_fd), options.worker_args)
+    return driver.main(socket.socket(fileno=options.engine_fd), args)
 
 
 if __name__ == "__main__":
