@@ -27,7 +27,7 @@ CHAT_BYTES = json.dumps(chat()).encode()
 
 
 async def test_the_body_arrives_byte_for_byte() -> None:
-    body = b'{"messages": [{"role":"user","content":"\\u00e9"}],\n "unknown": {"big": 1234567890123456789, "nan": NaN}}'
+    body = b'{"messages": [{"role":"user","content":"\\u00e9"}],\n "unknown": {"big": 1234567890123456789, "deep": [[{}]]}}'
     async with FakeWorker() as worker, running([worker]) as router:
         answer = await router.client.post(CHAT, content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 200

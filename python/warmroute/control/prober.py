@@ -82,8 +82,8 @@ class Prober:
             ok, worker.failure = True, None
         except WorkerUnreachable as error:
             refused, worker.failure = error.refused, str(error)
-        except MemoryError:
-            worker.failure = "no slots are left for its ranks (the router has 4096)"
+        except (MemoryError, ValueError) as error:  # the core has no room for it, or cannot take what it says
+            worker.failure = f"it cannot be taken in: {error}"
         except Exception as error:  # a defect of ours must not end the probing of this worker
             worker.failure = repr(error)
             log.exception("worker %s: the probe failed in an unforeseen way", worker.spec.url)
@@ -112,7 +112,7 @@ class Prober:
         self._wake()
 
     async def _ask(self, worker: Worker) -> None:
-        """Raises WorkerUnreachable, or MemoryError when the core has no room for it."""
+        """Raises WorkerUnreachable; MemoryError or ValueError when the core does not take the worker."""
         if self._is_checked(worker):
             await self._client.check(worker, self._config.health_check_endpoint)
         if worker.facts is None or worker.lost:

@@ -130,7 +130,7 @@ class Registry:
     def identified(self, worker: Worker, facts: WorkerFacts, now_ns: int) -> None:
         """It told what it serves: for the first time, or again after it was lost.
 
-        Raises MemoryError when the core has no room for its ranks.
+        Raises MemoryError when the core has no room for it, ValueError when it says what cannot be.
         """
         if worker.worker_id not in self._workers or worker.is_draining:
             return
