@@ -41,7 +41,7 @@ class RunningControl:
     async def reaches(self, worker_id: str, status: str, within_seconds: float = 5.0) -> dict[str, Any]:
         """Waits until the worker has that status; its info."""
         async with asyncio.timeout(within_seconds):
-            while (info := await self.info(worker_id))["status"] != status:  # noqa: ASYNC110 (another process, as it were)
+            while (info := await self.info(worker_id))["status"] != status:
                 await asyncio.sleep(0.02)
         return info
 

@@ -124,7 +124,7 @@ async def test_delete_idle_worker_then_register_it_again() -> None:
         assert (await control.http.delete(f"/workers/{first}")).status_code == 202
         second = await control.register(worker.url)  # at once: a worker that leaves does not keep its URL
         async with asyncio.timeout(2.0):
-            while (await control.http.get(f"/workers/{first}")).status_code != 404:  # noqa: ASYNC110
+            while (await control.http.get(f"/workers/{first}")).status_code != 404:
                 await asyncio.sleep(0.02)
         await control.reaches(second, "ready")
         assert [slot for slot in range(4) if control.directory.address(slot)] != []
@@ -293,7 +293,7 @@ class _Recorder:
 
     async def asked(self, count: int) -> None:
         async with asyncio.timeout(5.0):
-            while len(self.authorizations) < count:  # noqa: ASYNC110
+            while len(self.authorizations) < count:
                 await asyncio.sleep(0.02)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -125,7 +125,7 @@ async def test_one_bad_check_is_not_the_end() -> None:
         await control.reaches(worker_id, "ready")
         checks = worker.record.other_paths["/health"]
         worker.script.health_status = 500
-        while worker.record.other_paths["/health"] == checks:  # noqa: ASYNC110
+        while worker.record.other_paths["/health"] == checks:
             await asyncio.sleep(0.005)
         worker.script.health_status = 200
         for _ in range(20):

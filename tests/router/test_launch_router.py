@@ -41,7 +41,7 @@ class Router:
 
     async def ready(self) -> None:
         async with asyncio.timeout(10.0):
-            while (await self.http.get("/readiness")).status_code != 200:  # noqa: ASYNC110 (another process)
+            while (await self.http.get("/readiness")).status_code != 200:
                 await asyncio.sleep(0.05)
 
 

@@ -39,7 +39,7 @@ class RunningApp:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
-            while not condition():  # noqa: ASYNC110 (the driver is a thread)
+            while not condition():
                 await asyncio.sleep(0.001)
 
     async def driver_has_received(self, kind: type[object]) -> None:
