@@ -60,13 +60,14 @@ def test_kill_one_of_two(fleet: Fleet, stream: bool) -> None:
 
     victim.restart()
     answered_at = time.time()
+    victim.script(first_byte_seconds=0.004)
     with_traffic(router, victim, answered_at)
 
 
 def with_traffic(router: RouterProcess, worker: FakeWorkerProcess, answered_at: float) -> None:
     """Asserts that `worker` gets a request of a running load soon after `answered_at` (time.time())."""
-    # Prompts that nobody has in its cache: the known ones rightly go to the worker that lived on.
-    fresh = requests(400, False, first_seed=REQUESTS)
+    # Prompts that nobody has in its cache, and enough of them: known ones rightly go to the worker that lived on.
+    fresh = requests(12_000, False, first_seed=REQUESTS)
     load = asyncio.run(closed_loop("127.0.0.1", router.port, fresh, CONNECTIONS, seconds=BACK_SECONDS + 0.5))
     assert load.failed == []
     seen = worker.requests()
