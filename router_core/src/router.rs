@@ -1,7 +1,7 @@
 //! The router: reads a request, selects a target for it, takes the lease on it back.
 //!
-//! **Owner.** All state that a decision reads is in the region; beside it the router owns what no decision reads (counters, names)
-//! and scratch memory. Locks are taken in this order: a request's progress, scratch, region.
+//! **Owner.** All state that a decision reads is in the region; beside it the router owns what no decision reads (counters,
+//! names) and scratch memory. Locks are taken in this order: a request's progress, scratch, region.
 //!
 //! ```text
 //! read     scan, keys                                     no lock

@@ -1,9 +1,9 @@
 //! What is known of each target, in columns: one array per field, indexed by slot.
 //!
-//! A target is one dp rank of a worker. A worker's slots are contiguous, and what is said of the worker as a whole (health, breaker,
-//! draining) stands in its first slot, the head. A slot is free iff its `Ranks` is 0. Loads, outstanding tokens and permits are
-//! kept per process, each process writing its own columns, so that those of a dead process can be zeroed; their totals are kept
-//! beside them for whoever only reads.
+//! A target is one dp rank of a worker. A worker's slots are contiguous, and what is said of the worker as a whole (health,
+//! breaker, draining) stands in its first slot, the head. A slot is free iff its `Ranks` is 0. Loads, outstanding tokens and
+//! permits are kept per process, each process writing its own columns, so that those of a dead process can be zeroed; their
+//! totals are kept beside them for whoever only reads.
 
 use crate::breaker::Breaker;
 use crate::health::Health;

@@ -1,4 +1,5 @@
-//! Whatever the order of calls: the sum of loads is the number of leases that live on workers that live, and all comes back to zero.
+//! Whatever the order of calls: the sum of loads is the number of leases that live on workers that live, and all comes back
+//! to zero.
 
 mod fleet;
 

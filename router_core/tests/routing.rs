@@ -122,6 +122,27 @@ fn the_eviction_interval_changes_a_decision() {
 }
 
 #[test]
+fn what_an_eviction_cut_off_does_not_come_back() {
+    let fleet = Fleet::new(Settings { max_tree_size: 2_000, ..settings() }, 1);
+    let held = |letter: &str| {
+        let lease = fleet.select(&fleet.text(&letter.repeat(1_000)));
+        // Not answered: what was not held before is not held after.
+        fleet.release(&lease, OutcomeKind::NoAnswer, 0);
+        lease.match_bytes() > 0
+    };
+    for letter in ["a", "b", "c"] {
+        fleet.answer(&fleet.text(&letter.repeat(1_000)));
+    }
+    assert!(held("a") && held("b") && held("c"));
+    fleet.router.evict(fleet.now_ns, 0).unwrap();
+    assert_eq!(fleet.router.target(0).unwrap().index_characters, 2_000);
+    assert!(!held("a"));
+    assert!(held("c"));
+    fleet.answer(&fleet.text(&"d".repeat(100)));
+    assert!(!held("a") && held("d"));
+}
+
+#[test]
 fn who_died_is_forgotten_and_its_prefixes_are_learned_where_they_go() {
     let fleet = Fleet::new(settings(), 2);
     let first = fleet.answer(&fleet.text("a prompt that is sent again and again"));

@@ -73,7 +73,9 @@ impl Lease {
     }
 
     /// `first_byte_ns`, `chunks` and `max_gap_ns` are for policies that learn a worker's rates; none here does yet.
-    #[pyo3(signature = (kind, status, first_byte_ns, chunks, max_gap_ns, prompt_tokens, completion_tokens, cached_tokens, now_ns, /))]
+    #[pyo3(signature = (
+        kind, status, first_byte_ns, chunks, max_gap_ns, prompt_tokens, completion_tokens, cached_tokens, now_ns, /
+    ))]
     #[allow(clippy::too_many_arguments)]
     fn release<'py>(
         &self,
