@@ -1,0 +1,403 @@
+"""The scheduler without torch: a toy executor keeps tokens in slots, so that an error in bookkeeping changes answers."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from warmroute_worker.kv.cache import KvCache
+from warmroute_worker.messages import Generate, Row, Sampling
+from warmroute_worker.scheduler.scheduler import Limits, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from warmroute_worker.step_plan import StepPlan
+
+VOCAB = 50
+EOS = 49
+PAGE = 4
+
+
+def next_token(tokens: Iterable[int]) -> int:
+    """The toy model: depends on every token before, in order."""
+    value = 7
+    for token in tokens:
+        value = (value * 31 + token + 1) % 1_000_003
+    return value % VOCAB
+
+
+def expected_answer(message: Generate, room: int) -> tuple[list[int], str]:
+    tokens = list(message.token_ids)
+    stops = set(message.stop_token_ids) | (set() if message.ignore_eos else {EOS})
+    for _ in range(min(message.max_new_tokens, room - len(tokens))):
+        tokens.append(next_token(tokens))
+        if tokens[-1] in stops:
+            return tokens[len(message.token_ids) :], "stop"
+    return tokens[len(message.token_ids) :], "length"
+
+
+class ToyExecutor:
+    """What an executor must do with a plan, and nothing else: "keys and values" are the tokens themselves."""
+
+    def __init__(self, num_pages: int, num_rows: int, context_length: int) -> None:
+        self.slots = np.full((num_pages + 1) * PAGE, -1)
+        self.page_table = np.zeros((num_rows, -(-context_length // PAGE)), int)
+        self.computed = 0
+
+    def execute(self, plan: StepPlan) -> list[int]:
+        for row, index, page in plan.page_updates:
+            self.page_table[row, index] = page
+        sampled, offset = [], 0
+        for row, start, length, samples in zip(plan.rows, plan.starts, plan.lengths, plan.sampled, strict=True):
+            places = np.arange(start + length)
+            slots = self.page_table[row, places // PAGE] * PAGE + places % PAGE
+            assert slots.min() >= PAGE, "page 0 is nobody's"
+            self.slots[slots[start:]] = plan.token_ids[offset : offset + length]
+            if samples:
+                sampled.append(next_token(self.slots[slots].tolist()))
+            offset += length
+        assert offset == len(plan.token_ids)
+        self.computed += offset
+        return sampled
+
+
+class Run:
+    """A scheduler, its toy executor and everything they have answered."""
+
+    def __init__(self, num_pages: int = 40, **changes: Any) -> None:
+        settings: dict[str, Any] = {
+            "context_length": 80,
+            "vocab_size": VOCAB,
+            "eos_token_ids": (EOS,),
+            "page_size": PAGE,
+            "max_running_requests": 6,
+            "chunked_prefill_size": 16,
+            "random_seed": 0,
+        }
+        self.limits = Limits(**(settings | changes))
+        self.cache = KvCache(num_pages)
+        self.scheduler = Scheduler(self.limits, self.cache)
+        self.executor = ToyExecutor(num_pages, self.limits.max_running_requests, self.limits.context_length)
+        self.rows: dict[str, list[Row]] = {}
+        self.plans: list[StepPlan] = []
+
+    @property
+    def room(self) -> int:
+        return min(self.limits.context_length, self.cache.num_pages * PAGE)
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        for row in self.scheduler.apply(self.executor.execute(plan)).rows:
+            self.rows.setdefault(row.rid, []).append(row)
+        self.scheduler.check_integrity()
+        self.plans.append(plan)
+        return plan
+
+    def finish(self, limit: int = 2000) -> None:
+        while not self.scheduler.is_idle:
+            self.step()
+            limit -= 1
+            assert limit > 0, "it does not come to an end"
+
+    def answer(self, rid: str) -> tuple[list[int], str | None]:
+        rows = self.rows[rid]
+        assert all(row.finish_reason is None for row in rows[:-1])
+        return [token for row in rows for token in row.token_ids], rows[-1].finish_reason
+
+
+def generate(rid: str, length: int, new: int = 8, start: int = 0, **more: Any) -> Generate:
+    return Generate(rid, [(start + n * n) % (VOCAB - 1) for n in range(length)], new, **more)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_thousands_of_random_operations(seed: int) -> None:
+    """Common prefixes, aborts in every state, pools that are too small: each answer is that of the model."""
+    draw = random.Random(seed)
+    run = Run(
+        num_pages=draw.choice([6, 11, 20, 60]),
+        max_running_requests=draw.choice([1, 3, 8]),
+        chunked_prefill_size=draw.choice([-1, 1, 3, 8, 64]),
+    )
+    sent: dict[str, Generate] = {}
+    aborted: set[str] = set()
+    stems = [[draw.randrange(VOCAB) for _ in range(24)] for _ in range(3)]
+    for operation in range(1000):
+        choice = draw.random()
+        if choice < 0.22:
+            stem = draw.choice(stems)[: draw.randrange(25)]
+            prompt = stem + [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 40))]
+            message = Generate(
+                f"r{operation}",
+                prompt,
+                draw.choice([1, 2, 5, 20, 1000]),
+                ignore_eos=draw.random() < 0.5,
+                stop_token_ids=[draw.randrange(VOCAB)] if draw.random() < 0.3 else [],
+            )
+            sent[message.rid] = message
+            run.scheduler.add(message)
+        elif choice < 0.27 and sent:
+            rid = draw.choice(list(sent)[-12:])
+            before = rid in run.scheduler._requests
+            run.scheduler.abort(rid)
+            run.scheduler.check_integrity()
+            if before:
+                aborted.add(rid)
+        elif choice < 0.30:
+            run.scheduler.flush(operation)
+            run.scheduler.check_integrity()
+        else:
+            run.step()
+    run.finish(20_000)
+
+    assert run.rows.keys() == sent.keys(), "everybody is answered"
+    for rid, message in sent.items():
+        tokens, reason = run.answer(rid)
+        if len(message.token_ids) >= run.room:
+            assert (tokens, reason) == ([], "error")
+            assert run.rows[rid][-1].error
+            continue
+        wanted, wanted_reason = expected_answer(message, run.room)
+        if rid in aborted:
+            assert reason == "abort"
+            assert tokens == wanted[: len(tokens)]
+        else:
+            assert (tokens, reason) == (wanted, wanted_reason)
+    assert run.cache.num_available == run.cache.num_pages, "back to the baseline"
+    load = run.scheduler.load()
+    assert (load.running, load.waiting, load.used_tokens, load.waiting_uncached_tokens) == (0, 0, 0, 0)
+    assert load.generation_tokens_total == sum(len(run.answer(rid)[0]) for rid in sent)
+    started = [rid for rid in sent if run.rows[rid][-1].finish_reason != "error"]
+    assert load.prompt_tokens_total <= sum(len(sent[rid].token_ids) for rid in started)
+
+
+def test_chunks_keep_to_the_limit_and_only_the_last_one_samples() -> None:
+    run = Run(chunked_prefill_size=8)
+    run.scheduler.add(generate("a", 30, new=1))
+    run.scheduler.add(generate("b", 5, new=1, start=3))
+    run.finish()
+    assert [plan.lengths.tolist() for plan in run.plans] == [[8], [8], [8], [6, 2], [3]]
+    assert [plan.sampled.tolist() for plan in run.plans] == [[False]] * 3 + [[True, False], [True]]
+
+
+def test_decoding_goes_on_while_others_are_prefilled() -> None:
+    run = Run(chunked_prefill_size=8)
+    run.scheduler.add(generate("a", 3, new=20, ignore_eos=True))
+    run.step()
+    run.scheduler.add(generate("b", 30, start=3))
+    for _ in range(4):
+        plan = run.step()
+        assert plan.rows[0] == 0
+        assert plan.lengths[0] == 1
+        assert plan.sampled[0]
+
+
+def test_chunking_off_computes_prompts_whole() -> None:
+    run = Run(chunked_prefill_size=-1)
+    run.scheduler.add(generate("a", 70))
+    run.scheduler.add(generate("b", 60, start=3))
+    assert run.step().lengths.tolist() == [70, 60]
+
+
+def test_cached_tokens_are_page_exact_and_never_the_whole_prompt() -> None:
+    run = Run()
+    for count, length in enumerate((1, 3, 4, 5, 8, 9, 17)):
+        for again in range(2):
+            rid = f"{length}/{again}"
+            run.scheduler.add(generate(rid, length, new=2, start=count * 5))
+            run.finish()
+            expected = (length - 1) // PAGE * PAGE if again else 0
+            assert {row.cached_tokens for row in run.rows[rid]} == {expected}
+    load = run.scheduler.load()
+    assert load.cached_tokens_total == sum(rows[0].cached_tokens for rows in run.rows.values())
+    assert load.prompt_tokens_total == 2 * (1 + 3 + 4 + 5 + 8 + 9 + 17)
+    computed = load.prompt_tokens_total - load.cached_tokens_total
+    assert run.executor.computed == computed + load.generation_tokens_total - len(run.rows), "a hit is not computed"
+
+
+def test_siblings_wait_for_the_prefix_that_is_being_computed() -> None:
+    run = Run(chunked_prefill_size=8)
+    prompt = generate("", 20).token_ids
+    for n in range(3):
+        run.scheduler.add(Generate(f"s{n}", [*prompt, n], 2))
+    run.scheduler.add(generate("other", 3, start=9))
+    run.finish()
+    assert [run.rows[f"s{n}"][0].cached_tokens for n in range(3)] == [0, 20, 20]
+    assert run.rows["other"][0].cached_tokens == 0
+    first_steps = [plan.lengths.tolist() for plan in run.plans[:3]]
+    assert first_steps[0] == [8]
+    assert sum(map(sum, first_steps)) <= 21 + 3 + 2 + 2
+
+
+def test_a_sibling_runs_when_the_one_it_waits_for_is_aborted() -> None:
+    run = Run(chunked_prefill_size=4)
+    for n in range(2):
+        run.scheduler.add(Generate(f"s{n}", [*generate("", 20).token_ids, n], 2, ignore_eos=True))
+    run.step()
+    run.scheduler.abort("s0")
+    run.finish()
+    assert run.answer("s1")[1] == "length"
+    assert run.rows["s1"][0].cached_tokens == 4, "what the first one had computed"
+
+
+def test_abort_frees_pages_at_once_in_every_state() -> None:
+    run = Run(chunked_prefill_size=8, max_running_requests=2)
+    run.scheduler.add(generate("decoding", 6, new=50, ignore_eos=True))
+    run.step()
+    run.scheduler.add(generate("prefilling", 40, start=2))
+    run.scheduler.add(generate("waiting", 40, start=4))
+    run.step()
+    assert (run.scheduler.load().running, run.scheduler.load().waiting) == (2, 1)
+    for rid in ("waiting", "prefilling", "decoding"):
+        before = run.scheduler.load().used_tokens
+        run.scheduler.abort(rid)
+        run.scheduler.abort(rid)
+        run.scheduler.check_integrity()
+        assert run.scheduler.load().used_tokens < before or rid == "waiting"
+    assert run.scheduler.load().used_tokens == 0
+    assert not run.scheduler.is_idle, "there are three answers to give"
+    plan = run.step()
+    assert len(plan) == 0
+    assert [run.answer(rid)[1] for rid in ("waiting", "prefilling", "decoding")] == ["abort"] * 3
+    assert run.scheduler.is_idle
+
+
+def test_abort_of_an_unknown_request_says_nothing() -> None:
+    run = Run()
+    run.scheduler.abort("nobody")
+    assert run.scheduler.is_idle
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (generate("r", 0), "the prompt is empty"),
+        (generate("r", 80), "80 tokens, but the context length is 80"),
+        (generate("r", 40), "40 tokens, but the KV pool holds 40"),
+        (generate("r", 5, new=0), "max_new_tokens must be at least 1"),
+        (Generate("r", [3, VOCAB], 5), "token ids outside 0 ... 49"),
+        (Generate("r", [3, -1], 5), "token ids outside 0 ... 49"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(message: Generate, said: str) -> None:
+    run = Run(num_pages=10)
+    run.scheduler.add(message)
+    assert len(run.step()) == 0
+    [row] = run.rows["r"]
+    assert row.finish_reason == "error"
+    assert said in (row.error or "")
+
+
+def test_answers_are_cut_to_context_and_pool() -> None:
+    for changes, room in (({"num_pages": 10}, 40), ({"context_length": 24}, 24)):
+        run = Run(**changes)
+        run.scheduler.add(generate("r", 20, new=10**9, ignore_eos=True))
+        run.finish()
+        tokens, reason = run.answer("r")
+        assert (len(tokens), reason) == (room - 20, "length")
+
+
+def test_two_of_one_name_are_a_mistake_of_the_caller() -> None:
+    run = Run()
+    run.scheduler.add(generate("r", 5))
+    with pytest.raises(ValueError, match="'r' is running"):
+        run.scheduler.add(generate("r", 5))
+
+
+def test_retraction_takes_the_newest_and_loses_nothing() -> None:
+    run = Run(num_pages=12)
+    run.scheduler._ratio.value = 0.0
+    messages = [generate(f"r{n}", 5, new=30, start=n, ignore_eos=True) for n in range(4)]
+    for message in messages:
+        run.scheduler.add(message)
+    done: list[str] = []
+    while not run.scheduler.is_idle:
+        run.step()
+        done += [rid for rid, rows in run.rows.items() if rows[-1].finish_reason and rid not in done]
+    assert run.scheduler.retractions_total > 0
+    assert done == ["r0", "r1", "r2", "r3"], "the oldest is never retracted for a newer one"
+    for message in messages:
+        assert run.answer(message.rid) == expected_answer(message, run.room)
+        assert {row.cached_tokens for row in run.rows[message.rid]} == {0}, "its own pages are no hit"
+
+
+def test_the_reserve_grows_with_retractions_and_shrinks_with_time() -> None:
+    run = Run(num_pages=12)
+    start = run.scheduler._ratio.value
+    for _ in range(10):
+        run.step()
+    assert run.scheduler._ratio.value < start
+    low = run.scheduler._ratio.value
+    run.scheduler._ratio.retracted()
+    assert run.scheduler._ratio.value > low
+
+
+def test_first_come_first_served() -> None:
+    """A short request does not overtake a long one that waits for pages."""
+    run = Run(num_pages=20)
+    run.scheduler.add(generate("running", 40, new=20, ignore_eos=True))
+    run.step()
+    run.scheduler.add(generate("long", 60, start=3))
+    run.scheduler.add(generate("short", 3, start=6))
+    run.step()
+    assert run.scheduler.load().waiting == 2
+    run.finish()
+    assert list(run.rows) == ["running", "long", "short"]
+
+
+def test_flush_only_when_idle() -> None:
+    run = Run()
+    run.scheduler.add(generate("r", 9))
+    refused = run.scheduler.flush(1)
+    assert (refused.id, refused.ok) == (1, False)
+    assert "1 requests are running or waiting" in refused.message
+    run.finish()
+    assert run.scheduler.flush(2).ok
+    run.scheduler.add(generate("again", 9))
+    run.finish()
+    assert run.rows["again"][0].cached_tokens == 0
+    assert run.scheduler.load().evicted_tokens_total == 0
+
+
+def test_load_counts_what_is_held_and_what_waits() -> None:
+    run = Run(num_pages=20, max_running_requests=1)
+    run.scheduler.add(generate("a", 10, new=20, ignore_eos=True))
+    run.scheduler.add(generate("b", 7, start=3))
+    run.step()
+    load = run.scheduler.load()
+    assert (load.running, load.waiting) == (1, 1)
+    assert (load.used_tokens, load.total_tokens) == (12, 80)
+    assert load.waiting_uncached_tokens == 7
+
+
+def test_a_client_seed_is_the_seed_and_others_differ() -> None:
+    run = Run()
+    for rid, seed in (("a", 5), ("b", None), ("c", None), ("d", -1)):
+        run.scheduler.add(generate(rid, 3, start=ord(rid), sampling=Sampling(seed=seed)))
+    plan = run.step()
+    seeds = plan.sampling.seeds.tolist()
+    assert seeds[0] == 5
+    assert seeds[3] == 2**64 - 1
+    assert len(set(seeds)) == 4
+    assert plan.sampling.positions.tolist() == [3, 3, 3, 3]
+    assert run.step().sampling.positions.tolist() == [4, 4, 4, 4]
+
+
+def test_overhead_per_step_at_64_running() -> None:
+    """Not a benchmark, a guard against something quadratic: 0.3 ms measured, the bound is for a busy machine."""
+    run = Run(num_pages=4000, context_length=1000, max_running_requests=64, chunked_prefill_size=-1)
+    for n in range(64):
+        run.scheduler.add(generate(f"r{n}", 20, new=400, start=n, ignore_eos=True))
+    run.step()
+    run.step()
+    best = 1.0
+    for _ in range(30):
+        started = time.perf_counter()
+        plan = run.scheduler.schedule()
+        run.scheduler.apply([1] * len(plan))
+        best = min(best, time.perf_counter() - started)
+    assert best < 0.004
