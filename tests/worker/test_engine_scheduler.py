@@ -1,4 +1,4 @@
-"""The scheduler without torch: a toy executor keeps tokens in slots, so that an error in bookkeeping changes answers."""
+"""The scheduler without torch: a toy executor keeps tokens in slots, so an error in bookkeeping changes answers."""
 
 from __future__ import annotations
 
