@@ -137,7 +137,7 @@ fn what_an_eviction_cut_off_does_not_come_back() {
     assert!((1_000..=2_000).contains(&fleet.router.target(0).unwrap().index_characters));
     assert!(!held("a"));
     assert!(held("c"));
-    fleet.answer(&fleet.text(&"d".repeat(100)));
+    fleet.answer(&fleet.text(&"d".repeat(1_000)));
     assert!(!held("a") && held("d"));
 }
 
