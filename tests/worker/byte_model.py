@@ -61,9 +61,15 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def write_config(folder: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 320}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def write_folder(folder: Path) -> Path:
     """A folder that passes for a model as long as nobody asks for its weights."""
-    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    write_config(folder)
     write_tokenizer(folder)
     return folder
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from tests.worker.byte_model import write_folder
+from tests.worker.byte_model import write_config, write_folder
 from tests.worker.worker_process import children, health, lives, until, worker_process
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(
     model: str, tmp_path: Path, argv: list[str], code: int, said: str
 ) -> None:
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_text("{}")
+    write_config(tmp_path / "bare")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         names = {"MODEL": model, "PORT": str(taken.getsockname()[1]), "NO_TOKENIZER": str(tmp_path / "bare")}
         with worker_process(

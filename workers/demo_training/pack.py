@@ -21,8 +21,8 @@ from demo_training.tokens import BOS, CHAT_TEMPLATE, END, SPECIAL_TOKENS, encode
 
 MODEL_FOLDER: Final = Path(__file__).parents[1] / "warmroute_worker" / "demo_model"
 
-LARGEST_LOGIT_ERROR: Final = 0.5
-"""int8 moves no logit of the probe by more than 0.2 in the shipped model; a broken scale moves them by several."""
+LARGEST_LOGIT_ERROR: Final = 1.0
+"""int8 moves no logit of the probe by more than 0.6 in the shipped model; a broken scale moves them by several."""
 
 
 def pack(weights: dict[str, Tensor], shape: Shape, folder: Path) -> float:

@@ -16,8 +16,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from warmroute_worker import model_folder
+from warmroute_worker import model_config, model_folder
 from warmroute_worker.lifecycle import Actions, Lifecycle, Part
+from warmroute_worker.startup_error import StartupError
 
 if TYPE_CHECKING:
     from warmroute_worker.args import WorkerArgs
@@ -40,8 +41,9 @@ class StartError(Exception):
 def run(args: WorkerArgs) -> int:
     """Serves until a signal or a death; returns the exit code. Raises StartError."""
     try:
-        model_folder.resolve(args.model_path)
-    except LookupError as error:
+        # Also what the driver would find out itself, seconds later: it has to import torch first.
+        model_config.read(model_folder.resolve(args.model_path))
+    except (LookupError, StartupError) as error:
         raise StartError(str(error)) from error
     return _Supervisor(args, _listen(args)).run()
 
