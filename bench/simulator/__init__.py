@@ -1,1 +1,1 @@
-"""A discrete-event simulator of a fleet behind the real routing core: deterministic, seeded, without sockets or sleeps."""
+"""A discrete-event simulator of a fleet behind the real core: deterministic, seeded, no sockets, no sleeps."""

@@ -15,7 +15,8 @@ from warmroute._core import policy_names
 
 def simulate(workload: Workload, routers: list[str], seed: int) -> list[Row]:
     """One row per router; prints a table."""
-    rows, limits = [], (0.0, 0.0)
+    rows: list[Row] = []
+    limits = (0.0, 0.0)
     for name in routers:
         workers = [Worker(workload.engine, workload.ranks) for _ in range(workload.workers)]
         outcome = Simulation(workload, workers, make_router(name, workload, workers, seed)).run()

@@ -108,7 +108,7 @@ class SglangRouter(Preset):
 
 
 class Dynamo(Preset):
-    """NVIDIA Dynamo's default cost: blocks to prefill, its own and those waiting, plus blocks in decode; exact caches."""
+    """NVIDIA Dynamo's default cost: blocks to prefill, own and waiting, plus blocks in decode; exact caches."""
 
     def choose(self, request: Request, alive: list[Target]) -> Target:
         keys = prompt_keys(request)

@@ -92,9 +92,9 @@ def _replay(requests: list[Request], pages: int) -> float:
 def table(workload: Workload, rows: list[Row], limits: tuple[float, float]) -> str:
     lines = [
         f"\n### {workload.name}: {workload.what}",
-        f"\nKV {workload.engine.kv_tokens:,} tokens x {workload.workers * workload.ranks}; hit rate with an endless cache "
-        f"{limits[0]:.1%}, with one cache as large as all together {limits[1]:.1%}\n",
-        "| router | hit rate | TTFT p50 | p99 ms | per token p50 | p99 ms | tokens/s | spread | prediction p50 / p95 / sum |",
+        f"\nKV {workload.engine.kv_tokens:,} tokens x {workload.workers * workload.ranks}; "
+        f"hit rate with an endless cache {limits[0]:.1%}, with one cache as large as all together {limits[1]:.1%}\n",
+        "| router | hit rate | TTFT p50 | p99 ms | per token p50 | p99 ms | tokens/s | spread | predicted p50 / p95 / sum |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for each in rows:
@@ -102,7 +102,8 @@ def table(workload: Workload, rows: list[Row], limits: tuple[float, float]) -> s
         if each.prediction_p50 == each.prediction_p50:
             prediction = f"{each.prediction_p50:.1%} / {each.prediction_p95:.1%} / {each.prediction_sum:+.1%}"
         lines.append(
-            f"| {each.router} | {each.hit_rate:.1%} | {each.first_token_p50 * 1e3:.0f} | {each.first_token_p99 * 1e3:.0f} "
+            f"| {each.router} | {each.hit_rate:.1%} "
+            f"| {each.first_token_p50 * 1e3:.0f} | {each.first_token_p99 * 1e3:.0f} "
             f"| {each.token_p50 * 1e3:.1f} | {each.token_p99 * 1e3:.1f} | {each.tokens_per_second:,.0f} "
             f"| {each.load_spread:.2f} | {prediction} |"
         )

@@ -176,7 +176,8 @@ class Simulation:
 
     def _answer(self, job: Job, number: int, now: float) -> None:
         client = job.request
-        assert isinstance(client, _Client) and client.placement is not None
+        assert isinstance(client, _Client)
+        assert client.placement is not None
         predicted = client.placement.predicted_tokens
         self._router.release(client.placement, job, now)
         self._outcome.answers.append(

@@ -84,7 +84,7 @@ class Request:
 
 
 def page_keys(segments: Sequence[Segment]) -> list[range]:
-    """One range of keys per segment. A page belongs to the segment in which it ends, and stands for all text before it."""
+    """One range of keys per segment. A page belongs to the segment in which it ends, and stands for all before it."""
     keys, chain, tokens = [], 0, 0
     for segment in segments:
         chain = hash((chain, segment.id, segment.tokens))

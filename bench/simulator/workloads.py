@@ -100,8 +100,9 @@ def sibling_bursts(seed: int) -> Workload:
         now += dice.expovariate(0.8)
         for _ in range(4):
             prompt = Segment("system", next(ids), 3_000)
-            for _ in range(16):
-                sessions.append(_single(now + dice.random() * 0.05, prompt, Segment("user", next(ids), 64), 200))
+            sessions.extend(
+                _single(now + dice.random() * 0.05, prompt, Segment("user", next(ids), 64), 200) for _ in range(16)
+            )
     return Workload("W7", "bursts of 4 x 16 siblings", sessions)
 
 
