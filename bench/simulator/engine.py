@@ -139,15 +139,12 @@ class Rank:
 
     def plan(self) -> float:
         """Admit, and divide the next step's chunk; how long the step takes."""
-        self._admit()
         budget = self.engine.chunk_tokens
         self._chunks = []
         for job in self.prefilling:
-            tokens = min(budget, job.prompt_tokens - job.prefilled)
-            self._chunks.append((job, tokens))
-            budget -= tokens
-            if budget == 0:
-                break
+            budget -= self._take_chunk(job, budget)
+        while budget > 0 and (admitted := self._admit()):
+            budget -= self._take_chunk(admitted, budget)
         computed = self.engine.chunk_tokens - budget
         seconds = computed / self.engine.prefill_tokens_per_second
         if self.running:
@@ -168,9 +165,10 @@ class Rank:
             answered.append(self._finish(job, now))
         for job, tokens in self._chunks:
             job.prefilled += tokens
+            # Each chunk is shared as soon as it is computed: siblings that wait in the queue find it.
+            self._share(job, job.prefilled // PAGE_TOKENS)
             if job.prefilled == job.prompt_tokens:
                 self.prefilling.popleft()
-                self._share(job, job.prompt_pages)
                 job.first_token = now
                 if job.output_tokens <= 1:
                     answered.append(self._finish(job, now))
@@ -181,21 +179,30 @@ class Rank:
         self._chunks = []
         return answered
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) + len(self.prefilling) < self.engine.max_running:
-            job = self.waiting[0]
-            # The last prompt token is always computed: its logits are the first token.
-            matched = self.cache.match(job.pages(0, (job.prompt_tokens - 1) // PAGE_TOKENS))
-            self.cache.pin(job.pages(0, matched))
-            own = math.ceil((job.prompt_tokens + job.output_tokens) / PAGE_TOKENS) - matched
-            if not self.cache.take(own):
-                self.cache.unpin(list(job.pages(0, matched)))
-                if not (self.running or self.prefilling):
-                    raise ValueError(f"a request of {job.prompt_tokens} + {job.output_tokens} tokens fits no cache")
-                return
-            job._held, job._own = matched, own
-            job.cached_tokens = job.prefilled = matched * PAGE_TOKENS
-            self.prefilling.append(self.waiting.popleft())
+    def _take_chunk(self, job: Job, budget: int) -> int:
+        tokens = min(budget, job.prompt_tokens - job.prefilled)
+        if tokens:
+            self._chunks.append((job, tokens))
+        return tokens
+
+    def _admit(self) -> Job | None:
+        """The first that waits, now with pages for all that it will need; None: none waits, or it does not fit."""
+        if not self.waiting or len(self.running) + len(self.prefilling) >= self.engine.max_running:
+            return None
+        job = self.waiting[0]
+        # The last prompt token is always computed: its logits are the first token.
+        matched = self.cache.match(job.pages(0, (job.prompt_tokens - 1) // PAGE_TOKENS))
+        self.cache.pin(job.pages(0, matched))
+        own = math.ceil((job.prompt_tokens + job.output_tokens) / PAGE_TOKENS) - matched
+        if not self.cache.take(own):
+            self.cache.unpin(list(job.pages(0, matched)))
+            if not (self.running or self.prefilling):
+                raise ValueError(f"a request of {job.prompt_tokens} + {job.output_tokens} tokens fits no cache")
+            return None
+        job._held, job._own = matched, own
+        job.cached_tokens = job.prefilled = matched * PAGE_TOKENS
+        self.prefilling.append(self.waiting.popleft())
+        return job
 
     def _share(self, job: Job, pages: int) -> None:
         """The job's pages up to `pages` are computed: others can use them."""

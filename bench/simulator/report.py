@@ -94,7 +94,8 @@ def table(workload: Workload, rows: list[Row], limits: tuple[float, float]) -> s
         f"\n### {workload.name}: {workload.what}",
         f"\nKV {workload.engine.kv_tokens:,} tokens x {workload.workers * workload.ranks}; "
         f"hit rate with an endless cache {limits[0]:.1%}, with one cache as large as all together {limits[1]:.1%}\n",
-        "| router | hit rate | TTFT p50 | p99 ms | per token p50 | p99 ms | tokens/s | spread | predicted p50 / p95 / sum |",
+        "| router | hit rate | TTFT p50 | p99 ms | per token p50 | p99 ms | tokens/s | spread "
+        "| predicted p50 / p95 / sum |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for each in rows:

@@ -95,7 +95,8 @@ def sibling_bursts(seed: int) -> Workload:
     """W7: sixteen siblings of a new prompt arrive within 50 ms, four bursts at a time."""
     dice = random.Random(seed)
     ids = _ids(seed)
-    sessions, now = [], 0.0
+    sessions: list[Session] = []
+    now = 0.0
     for _ in range(60):
         now += dice.expovariate(0.8)
         for _ in range(4):
@@ -121,7 +122,7 @@ def hot_prefix(seed: int) -> Workload:
 
 def capacity_churn(seed: int) -> Workload:
     """W9: chats whose working set is about twice the caches."""
-    return _chats(seed, "W9", "chats, caches half as large as needed", 1_200, 9.0, Engine(32_768))
+    return _chats(seed, "W9", "chats, caches half as large as needed", 900, 4.5, Engine(65_536))
 
 
 def lockstep_ranks(seed: int) -> Workload:
