@@ -248,6 +248,11 @@ impl PrefixIndex<'_> {
         self.clocks.characters(slot)
     }
 
+    /// Whether what comes next drives out what the target in `slot` holds now.
+    pub fn is_full(&self, slot: u16) -> bool {
+        self.clocks.is_full(slot)
+    }
+
     /// Checks what must hold between any two calls; for tests, and for an operator who suspects damage. Walks the whole table.
     ///
     /// # Errors

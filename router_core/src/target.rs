@@ -8,6 +8,7 @@
 use crate::breaker::Breaker;
 use crate::health::Health;
 use crate::region::MAX_TARGETS;
+use crate::speed::{self, Speed};
 
 /// From column to column. One cache line more than the slots: at 32 KiB exactly, all fields of a slot would compete for the same
 /// 8 to 12 lines of the first-level cache.
@@ -49,8 +50,9 @@ pub(crate) enum Field {
     Load,
     OutstandingTokens,
     Permits,
+    HeldTokens,
 }
-const FIELDS: usize = Field::Permits as usize + 1;
+const FIELDS: usize = Field::HeldTokens as usize + 1;
 
 /// Fields that each process keeps for itself.
 #[derive(Clone, Copy)]
@@ -59,19 +61,37 @@ enum OwnField {
     Load,
     OutstandingTokens,
     Permits,
+    HeldTokens,
 }
-const OWN_FIELDS: usize = OwnField::Permits as usize + 1;
+const OWN_FIELDS: usize = OwnField::HeldTokens as usize + 1;
 
 /// Own field and its total.
 const SUMS: [(OwnField, Field); OWN_FIELDS] = [
     (OwnField::Load, Field::Load),
     (OwnField::OutstandingTokens, Field::OutstandingTokens),
     (OwnField::Permits, Field::Permits),
+    (OwnField::HeldTokens, Field::HeldTokens),
 ];
 
 /// Words of the region that targets take.
 pub(crate) fn words(processes: usize) -> usize {
+    speeds(processes) + MAX_TARGETS * speed::WORDS
+}
+
+/// Where the speeds begin: one block of words per slot.
+fn speeds(processes: usize) -> usize {
     CONTROL_WORDS + STRIDE * (FIELDS + processes * OWN_FIELDS)
+}
+
+/// What one request puts on a target.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Work {
+    /// Prompt tokens that it probably has to read.
+    pub(crate) uncached_tokens: u64,
+    /// Prompt and answer tokens that probably take room in its cache.
+    pub(crate) held_tokens: u64,
+    /// Whether a half-open breaker let it through.
+    pub(crate) permit: bool,
 }
 
 /// What an answer weighs in the ratio of text to tokens: with 1/16, the last 16 answers or so decide.
@@ -160,6 +180,8 @@ impl<'m> Targets<'m> {
                 *self.own(own, process, slot) = 0;
             }
         }
+        let speed = self.speed_start(slot);
+        self.words[speed..speed + speed::WORDS].fill(0);
         self.set(Field::Incarnation, slot, incarnation);
     }
 
@@ -201,6 +223,16 @@ impl<'m> Targets<'m> {
     /// Predicted uncached prompt tokens of the requests in flight, of all processes.
     pub fn outstanding_tokens(&self, slot: u16) -> u64 {
         self.get(Field::OutstandingTokens, slot)
+    }
+
+    /// Prompt and answer tokens that the requests in flight probably take in its cache, of all processes.
+    pub fn held_tokens(&self, slot: u16) -> u64 {
+        self.get(Field::HeldTokens, slot)
+    }
+
+    /// Of its rank's cache; 0: unknown.
+    pub fn kv_capacity_tokens(&self, slot: u16) -> u64 {
+        self.get(Field::KvCapacityTokens, slot)
     }
 
     /// Attempts in flight that a half-open breaker let through, of all processes.
@@ -260,19 +292,20 @@ impl<'m> Targets<'m> {
 
     // -- work in flight
 
-    /// One more request in flight at `slot`, of `tokens` predicted uncached prompt tokens.
-    pub(crate) fn begin(&mut self, slot: u16, tokens: u64, permit: bool) {
-        self.change(slot, tokens, permit, u64::wrapping_add);
+    /// One more request in flight at `slot`.
+    pub(crate) fn begin(&mut self, slot: u16, work: Work) {
+        self.change(slot, work, u64::wrapping_add);
     }
 
     /// What [`Targets::begin`] began has ended.
-    pub(crate) fn end(&mut self, slot: u16, tokens: u64, permit: bool) {
-        self.change(slot, tokens, permit, u64::saturating_sub);
+    pub(crate) fn end(&mut self, slot: u16, work: Work) {
+        self.change(slot, work, u64::saturating_sub);
     }
 
-    fn change(&mut self, slot: u16, tokens: u64, permit: bool, by: fn(u64, u64) -> u64) {
+    fn change(&mut self, slot: u16, work: Work, by: fn(u64, u64) -> u64) {
         let head = self.head(slot);
-        let changes = [(slot, 1), (slot, tokens), (head, u64::from(permit))];
+        let changes =
+            [(slot, 1), (slot, work.uncached_tokens), (head, u64::from(work.permit)), (slot, work.held_tokens)];
         for ((own, total), (slot, amount)) in SUMS.into_iter().zip(changes) {
             let word = self.own(own, self.process, slot);
             *word = by(*word, amount);
@@ -293,6 +326,21 @@ impl<'m> Targets<'m> {
         let bytes = f64::from_bits(self.get(Field::LearnedBytes, slot));
         let tokens = f64::from_bits(self.get(Field::LearnedTokens, slot));
         if tokens > 0.0 && bytes > 0.0 { bytes / tokens } else { PRIOR_BYTES_PER_TOKEN }
+    }
+
+    /// How fast it is.
+    pub fn speed(&self, slot: u16) -> Speed {
+        let words = &self.words[self.speed_start(slot)..];
+        words.first_chunk().map_or(Speed::NEW, Speed::from_words)
+    }
+
+    pub(crate) fn set_speed(&mut self, slot: u16, speed: &Speed) {
+        let start = self.speed_start(slot);
+        self.words[start..start + speed::WORDS].copy_from_slice(&speed.to_words());
+    }
+
+    fn speed_start(&self, slot: u16) -> usize {
+        speeds(self.processes) + usize::from(slot) * speed::WORDS
     }
 
     /// An answer says that `bytes` of routed text were `tokens` prompt tokens. Sums decay, not ratios: a long prompt tells more.
@@ -337,7 +385,7 @@ mod tests {
         let mut targets = Targets::new(&mut words, 2, 1);
         assert_eq!([targets.claim(2), targets.claim(3), targets.claim(1)], [Some(0), Some(2), Some(5)]);
         let first = targets.incarnation(2);
-        targets.begin(3, 70, true);
+        targets.begin(3, Work { uncached_tokens: 70, held_tokens: 90, permit: true });
         assert_eq!((targets.load(3), targets.outstanding_tokens(3), targets.permits(2)), (1, 70, 1));
         targets.check_integrity().unwrap();
         targets.free(2);
@@ -356,7 +404,7 @@ mod tests {
         let mut words = vec![0; words(1)];
         let mut targets = Targets::new(&mut words, 1, 0);
         targets.claim(1);
-        targets.begin(0, 10, false);
+        targets.begin(0, Work { uncached_tokens: 10, ..Work::default() });
         targets.set(Field::Load, 0, 2);
         assert!(targets.check_integrity().unwrap_err().contains("slot 0"));
     }

@@ -115,6 +115,10 @@ impl Clocks<'_> {
         lived.saturating_mul(clock[UNIT_BYTES]).saturating_add(rest)
     }
 
+    pub(super) fn is_full(&self, slot: u16) -> bool {
+        self.clock(slot).is_some_and(|clock| clock[NOW].wrapping_sub(clock[FLOOR]) >= clock[HORIZON])
+    }
+
     pub(super) fn check_integrity(&self) -> Result<(), String> {
         for (slot, clock) in self.0.chunks_exact(WORDS).enumerate() {
             if clock[HORIZON] > MAX_HORIZON || clock[WINDOW] > clock[HORIZON] {
