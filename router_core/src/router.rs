@@ -173,6 +173,7 @@ impl Router {
         if work.permit {
             self.refresh_availability(state, head);
         }
+        let match_age = state.index.age(slot, &prompt.blocks, matched);
         let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes);
         Lease::new(
             request,
@@ -183,6 +184,7 @@ impl Router {
                 spliced_rank: (state.targets.ranks(slot) > 1 && request.pinned_rank().is_none())
                     .then(|| state.targets.rank(slot)),
                 match_bytes: matched.bytes,
+                match_age,
                 predicted_cached_tokens: (f64::from(matched.bytes) / bytes_per_token) as u64,
                 work,
                 queued_tokens,

@@ -46,6 +46,8 @@ pub(crate) enum Field {
     /// Text and tokens of answered prompts, decaying together; as f64.
     LearnedBytes,
     LearnedTokens,
+    /// The part of the KV capacity that caches prefixes, as the answers have shown; as f64, 0: all of it.
+    CachedShare,
     /// Totals of the per-process columns.
     Load,
     OutstandingTokens,
@@ -96,6 +98,13 @@ pub(crate) struct Work {
 
 /// What an answer weighs in the ratio of text to tokens: with 1/16, the last 16 answers or so decide.
 const LEARNING_RATE: f64 = 1.0 / 16.0;
+
+/// The age from which a prefix that is missing says something about the size of the cache.
+const OLD: f64 = 0.125;
+/// Alike, so that the credit settles where as much is found unexpectedly as is missed.
+const SHRINK: f64 = 0.95;
+const GROW: f64 = 1.0 / SHRINK;
+const LEAST_CACHED_SHARE: f64 = 1.0 / 64.0;
 
 /// Bytes of text per token of a target that has not answered yet: English text in the tokenizers of Llama 3 and Qwen 2.5 has
 /// 4 to 4.5 characters a token.
@@ -349,6 +358,28 @@ impl<'m> Targets<'m> {
             let decayed = f64::from_bits(self.get(field, slot)) * (1.0 - LEARNING_RATE);
             self.set(field, slot, (decayed + amount as f64).to_bits());
         }
+    }
+
+    /// The part of its KV capacity that caches prefixes: the rest is taken by requests in flight, or evicted by other rules.
+    pub fn cached_share(&self, slot: u16) -> f64 {
+        let share = f64::from_bits(self.get(Field::CachedShare, slot));
+        if share > 0.0 { share.min(1.0) } else { 1.0 }
+    }
+
+    /// An answer found `reported` of its `prompt` tokens in the cache where `predicted` were expected, which had been sent `age`
+    /// (a share of the credited capacity) before. Only an old prefix that is missing speaks of size: a young one was not
+    /// computed yet, or never will be.
+    pub(crate) fn learn_cached_share(&mut self, slot: u16, age: f64, prompt: u64, predicted: u64, reported: u64) {
+        let matters = prompt / 8;
+        let share = self.cached_share(slot);
+        let learned = if age > OLD && predicted > matters && reported < predicted / 2 {
+            (share * SHRINK).max(LEAST_CACHED_SHARE)
+        } else if reported > predicted + matters {
+            (share * GROW).min(1.0)
+        } else {
+            return;
+        };
+        self.set(Field::CachedShare, slot, learned.to_bits());
     }
 
     /// # Errors

@@ -97,7 +97,8 @@ impl Group {
 fn wait_for_room(targets: &Targets<'_>, slot: u16, needed: f64, answer_seconds: f64) -> f64 {
     let (capacity, held) = (targets.kv_capacity_tokens(slot) as f64, targets.held_tokens(slot) as f64);
     let missing = held + needed - capacity;
-    if capacity > 0.0 && held > 0.0 && missing > 0.0 { missing / held * answer_seconds } else { 0.0 }
+    // What runs fills the cache at most once and leaves it within the time of an answer.
+    if capacity > 0.0 && held > 0.0 && missing > 0.0 { missing / held.min(capacity) * answer_seconds } else { 0.0 }
 }
 
 /// The key of the first block beyond what the best holder has.

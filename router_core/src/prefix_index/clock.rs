@@ -48,6 +48,12 @@ impl Clocks<'_> {
         (age < clock[WINDOW]).then_some(age as u32)
     }
 
+    /// The age of a resident holder as a share of its target's horizon, else 1.
+    pub(super) fn age_share(&self, holder: Holder) -> f64 {
+        let horizon = self.clock(holder.slot()).map_or(1, |clock| clock[HORIZON].max(1));
+        self.age(holder).map_or(1.0, |age| f64::from(age) / horizon as f64)
+    }
+
     /// What to stamp a holder with now.
     pub(super) fn stamp(&self, slot: u16) -> u32 {
         self.clock(slot).map_or(0, |clock| (clock[NOW] & STAMP_MASK) as u32)

@@ -29,6 +29,8 @@ pub(super) struct Terms {
     pub(super) spliced_rank: Option<u16>,
     pub(super) match_bytes: u32,
     pub(super) predicted_cached_tokens: u64,
+    /// How long ago the target was last sent what it is taken to hold, as a share of its capacity.
+    pub(super) match_age: f64,
     /// In flight on its account.
     pub(super) work: Work,
     /// Uncached prompt tokens that were queued with it, its own included.
@@ -155,9 +157,12 @@ impl Router {
                 self.fit_capacity(state, slot);
             }
             if let Ok(cached_tokens) = u64::try_from(outcome.cached_tokens) {
+                let predicted = terms.predicted_cached_tokens.min(prompt_tokens);
+                state.targets.learn_cached_share(slot, terms.match_age, prompt_tokens, predicted, cached_tokens);
+                self.fit_capacity(state, slot);
                 count(TargetCounter::PromptTokens, prompt_tokens);
                 count(TargetCounter::ReportedCachedTokens, cached_tokens);
-                count(TargetCounter::PredictedCachedTokens, terms.predicted_cached_tokens.min(prompt_tokens));
+                count(TargetCounter::PredictedCachedTokens, predicted);
             }
         }
         if let Ok(completion_tokens @ 1..) = u64::try_from(outcome.completion_tokens) {
