@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 
 from bench.simulator.engine import Engine
@@ -16,7 +17,8 @@ def generated_shared_prefix(seed: int, kv_tokens: int = 524_288, groups: int = 6
     ids = _ids(seed)
     systems = [Segment("system", next(ids), 2048) for _ in range(groups)]
     sessions = [_single(n / 200, systems[group], Segment("user", next(ids), 128), 256) for n, group in enumerate(order)]
-    return Workload("W1", f"shared prefixes {groups} x {prompts}, 2048/128/256", sessions, engine=Engine(kv_tokens))
+    name = "W1" if kv_tokens == 524_288 else f"W1-{kv_tokens // 1024}k"
+    return Workload(name, f"shared prefixes {groups} x {prompts}, 2048/128/256", sessions, engine=Engine(kv_tokens))
 
 
 def rate_ladder(seed: int) -> Workload:
@@ -158,6 +160,7 @@ def _ids(seed: int) -> Iterator[int]:
 
 WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "W1": generated_shared_prefix,
+    **{f"W1-{k}k": partial(generated_shared_prefix, kv_tokens=k * 1024) for k in (32, 48, 96)},
     "W2": rate_ladder,
     "W3": prefix_repetition,
     "W4": chats,
