@@ -17,4 +17,5 @@ mod python;
 pub mod random;
 pub mod region;
 pub mod router;
+pub mod speed;
 pub mod target;

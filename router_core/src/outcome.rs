@@ -24,6 +24,8 @@ pub struct Outcome {
     pub kind: OutcomeKind,
     /// The worker's status; 0 if it gave none.
     pub status: u16,
+    /// When the first byte of the answer came, on the clock of `now_ns`; None: none came.
+    pub first_byte_ns: Option<u64>,
     /// Of the routed text, as the worker's tokenizer counts.
     pub prompt_tokens: i64,
     /// Generated.
@@ -34,8 +36,14 @@ pub struct Outcome {
 
 impl Outcome {
     /// Of a lease that was dropped: nobody wanted its answer.
-    pub const CANCELLED: Self =
-        Self { kind: OutcomeKind::Cancelled, status: 0, prompt_tokens: -1, completion_tokens: -1, cached_tokens: -1 };
+    pub const CANCELLED: Self = Self {
+        kind: OutcomeKind::Cancelled,
+        status: 0,
+        first_byte_ns: None,
+        prompt_tokens: -1,
+        completion_tokens: -1,
+        cached_tokens: -1,
+    };
 
     /// Whether it speaks for (true) or against the worker; None: it says nothing about it. What the client did wrong (4xx), asked
     /// too often (429) or what the worker does not implement (501) does neither.

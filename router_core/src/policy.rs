@@ -5,6 +5,8 @@
 
 mod balance;
 mod cache_aware;
+mod least_cost;
+mod least_load;
 mod power_of_two;
 mod random;
 mod round_robin;
@@ -13,6 +15,7 @@ pub use balance::Balance;
 
 use crate::model::{SET_WORDS, bits};
 use crate::prefix_index::{Matches, PrefixIndex};
+use crate::prompt::Block;
 use crate::random::Random;
 use crate::target::Targets;
 
@@ -34,8 +37,10 @@ pub struct Parameters {
 /// Makes a policy; by name, in the order of the names.
 type Build = fn(&Parameters) -> Box<dyn Policy>;
 
-const POLICIES: [(&str, Build); 4] = [
+const POLICIES: [(&str, Build); 6] = [
     ("cache_aware", |parameters| Box::new(cache_aware::CacheAware::new(parameters))),
+    ("least_cost", |_| Box::new(least_cost::LeastCost)),
+    ("least_load", |_| Box::new(least_load::LeastLoad)),
     ("power_of_two", |_| Box::new(power_of_two::PowerOfTwo)),
     ("random", |_| Box::new(random::Uniform)),
     ("round_robin", |_| Box::new(round_robin::RoundRobin)),
@@ -55,6 +60,8 @@ pub fn by_name(name: &str, parameters: &Parameters) -> Option<Box<dyn Policy>> {
 pub struct Choice<'a, 'm> {
     /// Who can get the request.
     pub candidates: &'a Candidates,
+    /// The prompt in blocks.
+    pub blocks: &'a [Block],
     /// How much of the prompt each target holds.
     pub matches: &'a Matches,
     /// Length of the prompt in bytes of text.
@@ -63,6 +70,8 @@ pub struct Choice<'a, 'm> {
     pub targets: &'a Targets<'m>,
     /// What each target is credited with in all.
     pub index: &'a PrefixIndex<'m>,
+    /// CLOCK_MONOTONIC.
+    pub now_ns: u64,
     /// Behind every random choice.
     pub random: &'a mut Random<'m>,
     /// Of the model that was asked for: the slot after the one that had the last turn.

@@ -209,6 +209,20 @@ impl PrefixIndex<'_> {
         matches.settle(blocks);
     }
 
+    /// How long ago the target in `slot` was last sent the deepest block of `matched`, as a share of its capacity: what was sent
+    /// since then may have driven it out. 0 if nothing is matched.
+    pub fn age(&self, slot: u16, blocks: &[Block], matched: Match) -> f64 {
+        let deepest = matched.blocks.checked_sub(1).and_then(|last| blocks.get(last as usize));
+        let Some(position) = deepest.and_then(|block| self.store.table.find(block.key)) else { return 0.0 };
+        let mut share = 0.0;
+        self.store.each_holder(position, |holder| {
+            if holder.slot() == slot {
+                share = self.clocks.age_share(holder);
+            }
+        });
+        share
+    }
+
     /// The prompt `blocks` goes to the target in `slot`, which was found to hold `matched` of it; `uncached_bytes` of text are new
     /// to it (of a batch, in all its prompts).
     pub fn stamp(&mut self, slot: u16, blocks: &[Block], matched: Match, uncached_bytes: u64) -> Claim {
@@ -246,6 +260,11 @@ impl PrefixIndex<'_> {
     /// Bytes of text that the target in `slot` is credited with: what it was sent since it came, at most its capacity.
     pub fn characters(&self, slot: u16) -> u64 {
         self.clocks.characters(slot)
+    }
+
+    /// Whether what comes next drives out what the target in `slot` holds now.
+    pub fn is_full(&self, slot: u16) -> bool {
+        self.clocks.is_full(slot)
     }
 
     /// Checks what must hold between any two calls; for tests, and for an operator who suspects damage. Walks the whole table.

@@ -30,6 +30,7 @@ use crate::policy::{self, Candidates, Choice, Policy};
 use crate::prefix_index::Matches;
 use crate::prompt::{BadRequest, Endpoint, PromptReader};
 use crate::region::{MAX_TARGETS, Region, State};
+use crate::target::Work;
 use names::Names;
 use request::Progress;
 
@@ -124,10 +125,12 @@ impl Router {
         state.index.lookup(&request.prompt().blocks, &mut matches);
         let slot = self.policy.pick(&mut Choice {
             candidates: &candidates,
+            blocks: &request.prompt().blocks,
             matches: &matches,
             prompt_bytes: request.prompt().routed_bytes,
             targets: &state.targets,
             index: &state.index,
+            now_ns,
             random: &mut state.random,
             turn: state.models.turn(model),
         });
@@ -156,13 +159,21 @@ impl Router {
         let matched = matches.of(slot);
         let uncached_bytes = prompt.prompt_bytes.saturating_sub(u64::from(matched.bytes));
         let bytes_per_token = state.targets.bytes_per_token(slot);
-        let tokens = (uncached_bytes as f64 / bytes_per_token) as u64;
+        let mut speed = state.targets.speed(slot);
+        let work = Work {
+            uncached_tokens: (uncached_bytes as f64 / bytes_per_token) as u64,
+            held_tokens: (prompt.prompt_bytes as f64 / bytes_per_token + speed.answer_tokens()) as u64,
+            permit: state.targets.breaker(state.targets.head(slot)).is_half_open(),
+        };
         let head = state.targets.head(slot);
-        let permit = state.targets.breaker(head).is_half_open();
-        state.targets.begin(slot, tokens, permit);
-        if permit {
+        let load_before = state.targets.load(slot);
+        let queued_tokens = speed.queue(work.uncached_tokens as f64, now_ns);
+        state.targets.set_speed(slot, &speed);
+        state.targets.begin(slot, work);
+        if work.permit {
             self.refresh_availability(state, head);
         }
+        let match_age = state.index.age(slot, &prompt.blocks, matched);
         let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes);
         Lease::new(
             request,
@@ -173,9 +184,11 @@ impl Router {
                 spliced_rank: (state.targets.ranks(slot) > 1 && request.pinned_rank().is_none())
                     .then(|| state.targets.rank(slot)),
                 match_bytes: matched.bytes,
+                match_age,
                 predicted_cached_tokens: (f64::from(matched.bytes) / bytes_per_token) as u64,
-                tokens,
-                permit,
+                work,
+                queued_tokens,
+                load_before,
                 claim,
                 selected_ns: now_ns,
             },

@@ -8,6 +8,7 @@
 use crate::breaker::Breaker;
 use crate::health::Health;
 use crate::region::MAX_TARGETS;
+use crate::speed::{self, Speed};
 
 /// From column to column. One cache line more than the slots: at 32 KiB exactly, all fields of a slot would compete for the same
 /// 8 to 12 lines of the first-level cache.
@@ -45,12 +46,15 @@ pub(crate) enum Field {
     /// Text and tokens of answered prompts, decaying together; as f64.
     LearnedBytes,
     LearnedTokens,
+    /// The part of the KV capacity that caches prefixes, as the answers have shown; as f64, 0: all of it.
+    CachedShare,
     /// Totals of the per-process columns.
     Load,
     OutstandingTokens,
     Permits,
+    HeldTokens,
 }
-const FIELDS: usize = Field::Permits as usize + 1;
+const FIELDS: usize = Field::HeldTokens as usize + 1;
 
 /// Fields that each process keeps for itself.
 #[derive(Clone, Copy)]
@@ -59,23 +63,48 @@ enum OwnField {
     Load,
     OutstandingTokens,
     Permits,
+    HeldTokens,
 }
-const OWN_FIELDS: usize = OwnField::Permits as usize + 1;
+const OWN_FIELDS: usize = OwnField::HeldTokens as usize + 1;
 
 /// Own field and its total.
 const SUMS: [(OwnField, Field); OWN_FIELDS] = [
     (OwnField::Load, Field::Load),
     (OwnField::OutstandingTokens, Field::OutstandingTokens),
     (OwnField::Permits, Field::Permits),
+    (OwnField::HeldTokens, Field::HeldTokens),
 ];
 
 /// Words of the region that targets take.
 pub(crate) fn words(processes: usize) -> usize {
+    speeds(processes) + MAX_TARGETS * speed::WORDS
+}
+
+/// Where the speeds begin: one block of words per slot.
+fn speeds(processes: usize) -> usize {
     CONTROL_WORDS + STRIDE * (FIELDS + processes * OWN_FIELDS)
+}
+
+/// What one request puts on a target.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Work {
+    /// Prompt tokens that it probably has to read.
+    pub(crate) uncached_tokens: u64,
+    /// Prompt and answer tokens that probably take room in its cache.
+    pub(crate) held_tokens: u64,
+    /// Whether a half-open breaker let it through.
+    pub(crate) permit: bool,
 }
 
 /// What an answer weighs in the ratio of text to tokens: with 1/16, the last 16 answers or so decide.
 const LEARNING_RATE: f64 = 1.0 / 16.0;
+
+/// The age from which a prefix that is missing says something about the size of the cache.
+const OLD: f64 = 0.125;
+/// Alike, so that the credit settles where as much is found unexpectedly as is missed.
+const SHRINK: f64 = 0.95;
+const GROW: f64 = 1.0 / SHRINK;
+const LEAST_CACHED_SHARE: f64 = 1.0 / 64.0;
 
 /// Bytes of text per token of a target that has not answered yet: English text in the tokenizers of Llama 3 and Qwen 2.5 has
 /// 4 to 4.5 characters a token.
@@ -160,6 +189,8 @@ impl<'m> Targets<'m> {
                 *self.own(own, process, slot) = 0;
             }
         }
+        let speed = self.speed_start(slot);
+        self.words[speed..speed + speed::WORDS].fill(0);
         self.set(Field::Incarnation, slot, incarnation);
     }
 
@@ -201,6 +232,16 @@ impl<'m> Targets<'m> {
     /// Predicted uncached prompt tokens of the requests in flight, of all processes.
     pub fn outstanding_tokens(&self, slot: u16) -> u64 {
         self.get(Field::OutstandingTokens, slot)
+    }
+
+    /// Prompt and answer tokens that the requests in flight probably take in its cache, of all processes.
+    pub fn held_tokens(&self, slot: u16) -> u64 {
+        self.get(Field::HeldTokens, slot)
+    }
+
+    /// Of its rank's cache; 0: unknown.
+    pub fn kv_capacity_tokens(&self, slot: u16) -> u64 {
+        self.get(Field::KvCapacityTokens, slot)
     }
 
     /// Attempts in flight that a half-open breaker let through, of all processes.
@@ -260,19 +301,20 @@ impl<'m> Targets<'m> {
 
     // -- work in flight
 
-    /// One more request in flight at `slot`, of `tokens` predicted uncached prompt tokens.
-    pub(crate) fn begin(&mut self, slot: u16, tokens: u64, permit: bool) {
-        self.change(slot, tokens, permit, u64::wrapping_add);
+    /// One more request in flight at `slot`.
+    pub(crate) fn begin(&mut self, slot: u16, work: Work) {
+        self.change(slot, work, u64::wrapping_add);
     }
 
     /// What [`Targets::begin`] began has ended.
-    pub(crate) fn end(&mut self, slot: u16, tokens: u64, permit: bool) {
-        self.change(slot, tokens, permit, u64::saturating_sub);
+    pub(crate) fn end(&mut self, slot: u16, work: Work) {
+        self.change(slot, work, u64::saturating_sub);
     }
 
-    fn change(&mut self, slot: u16, tokens: u64, permit: bool, by: fn(u64, u64) -> u64) {
+    fn change(&mut self, slot: u16, work: Work, by: fn(u64, u64) -> u64) {
         let head = self.head(slot);
-        let changes = [(slot, 1), (slot, tokens), (head, u64::from(permit))];
+        let changes =
+            [(slot, 1), (slot, work.uncached_tokens), (head, u64::from(work.permit)), (slot, work.held_tokens)];
         for ((own, total), (slot, amount)) in SUMS.into_iter().zip(changes) {
             let word = self.own(own, self.process, slot);
             *word = by(*word, amount);
@@ -295,12 +337,49 @@ impl<'m> Targets<'m> {
         if tokens > 0.0 && bytes > 0.0 { bytes / tokens } else { PRIOR_BYTES_PER_TOKEN }
     }
 
+    /// How fast it is.
+    pub fn speed(&self, slot: u16) -> Speed {
+        let words = &self.words[self.speed_start(slot)..];
+        words.first_chunk().map_or(Speed::NEW, Speed::from_words)
+    }
+
+    pub(crate) fn set_speed(&mut self, slot: u16, speed: &Speed) {
+        let start = self.speed_start(slot);
+        self.words[start..start + speed::WORDS].copy_from_slice(&speed.to_words());
+    }
+
+    fn speed_start(&self, slot: u16) -> usize {
+        speeds(self.processes) + usize::from(slot) * speed::WORDS
+    }
+
     /// An answer says that `bytes` of routed text were `tokens` prompt tokens. Sums decay, not ratios: a long prompt tells more.
     pub(crate) fn learn(&mut self, slot: u16, bytes: u64, tokens: u64) {
         for (field, amount) in [(Field::LearnedBytes, bytes), (Field::LearnedTokens, tokens)] {
             let decayed = f64::from_bits(self.get(field, slot)) * (1.0 - LEARNING_RATE);
             self.set(field, slot, (decayed + amount as f64).to_bits());
         }
+    }
+
+    /// The part of its KV capacity that caches prefixes: the rest is taken by requests in flight, or evicted by other rules.
+    pub fn cached_share(&self, slot: u16) -> f64 {
+        let share = f64::from_bits(self.get(Field::CachedShare, slot));
+        if share > 0.0 { share.min(1.0) } else { 1.0 }
+    }
+
+    /// An answer found `reported` of its `prompt` tokens in the cache where `predicted` were expected, which had been sent `age`
+    /// (a share of the credited capacity) before. Only an old prefix that is missing speaks of size: a young one was not
+    /// computed yet, or never will be.
+    pub(crate) fn learn_cached_share(&mut self, slot: u16, age: f64, prompt: u64, predicted: u64, reported: u64) {
+        let matters = prompt / 8;
+        let share = self.cached_share(slot);
+        let learned = if age > OLD && predicted > matters && reported < predicted / 2 {
+            (share * SHRINK).max(LEAST_CACHED_SHARE)
+        } else if reported > predicted + matters {
+            (share * GROW).min(1.0)
+        } else {
+            return;
+        };
+        self.set(Field::CachedShare, slot, learned.to_bits());
     }
 
     /// # Errors
@@ -337,7 +416,7 @@ mod tests {
         let mut targets = Targets::new(&mut words, 2, 1);
         assert_eq!([targets.claim(2), targets.claim(3), targets.claim(1)], [Some(0), Some(2), Some(5)]);
         let first = targets.incarnation(2);
-        targets.begin(3, 70, true);
+        targets.begin(3, Work { uncached_tokens: 70, held_tokens: 90, permit: true });
         assert_eq!((targets.load(3), targets.outstanding_tokens(3), targets.permits(2)), (1, 70, 1));
         targets.check_integrity().unwrap();
         targets.free(2);
@@ -356,7 +435,7 @@ mod tests {
         let mut words = vec![0; words(1)];
         let mut targets = Targets::new(&mut words, 1, 0);
         targets.claim(1);
-        targets.begin(0, 10, false);
+        targets.begin(0, Work { uncached_tokens: 10, ..Work::default() });
         targets.set(Field::Load, 0, 2);
         assert!(targets.check_integrity().unwrap_err().contains("slot 0"));
     }

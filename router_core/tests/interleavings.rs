@@ -129,6 +129,7 @@ impl Twin {
                     let outcome = Outcome {
                         kind,
                         status,
+                        first_byte_ns: None,
                         prompt_tokens: tokens,
                         completion_tokens: tokens,
                         cached_tokens: tokens / 2,

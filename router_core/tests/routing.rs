@@ -321,6 +321,7 @@ fn tokens_are_predicted_as_the_target_counts_them() {
     let answered = Outcome {
         kind: OutcomeKind::Answered,
         status: 200,
+        first_byte_ns: None,
         prompt_tokens: 2_048,
         completion_tokens: 100,
         cached_tokens: 0,

@@ -19,6 +19,12 @@ impl Balance {
         longest - shortest > self.absolute && longest as f64 > shortest as f64 * self.relative
     }
 
+    /// The longest queue that is short enough for a prompt that nobody holds: half of the imbalance that is tolerated. It comes
+    /// once, where affinity comes again and again.
+    pub fn short(&self, shortest: u64) -> u64 {
+        shortest.saturating_add(self.absolute / 2)
+    }
+
     /// The longest queue that is nearly as short as the shortest.
     pub fn near(&self, shortest: u64) -> u64 {
         shortest.saturating_add(self.absolute / NEAR_SHARE)

@@ -5,6 +5,7 @@ use crate::model::ANY;
 use crate::prefix_index::Matches;
 use crate::prompt::{Endpoint, Prompt, PromptReader};
 use crate::region::{MAX_TARGETS, Region};
+use crate::target::Work;
 
 pub(super) struct Fleet {
     region: Region,
@@ -24,7 +25,7 @@ impl Fleet {
             let slot = state.targets.claim(1).unwrap();
             state.index.open_target(slot, capacity_bytes);
             state.models.set_available(slot, 0, true);
-            (0..load).for_each(|_| state.targets.begin(slot, 0, false));
+            (0..load).for_each(|_| state.targets.begin(slot, Work::default()));
         }
         drop(guard);
         Self { region, reader: PromptReader::new(1), targets: loads.len() as u16, turn: 0, excluded: Vec::new() }
@@ -39,7 +40,7 @@ impl Fleet {
     }
 
     pub(super) fn set_outstanding(&mut self, slot: u16, tokens: u64) {
-        self.region.lock().unwrap().state().targets.begin(slot, tokens, false);
+        self.region.lock().unwrap().state().targets.begin(slot, Work { uncached_tokens: tokens, ..Work::default() });
     }
 
     pub(super) fn exclude(&mut self, slots: &[u16]) {
@@ -56,10 +57,12 @@ impl Fleet {
         state.index.lookup(&prompt.blocks, &mut matches);
         policy.pick(&mut Choice {
             candidates: &candidates,
+            blocks: &prompt.blocks,
             matches: &matches,
             prompt_bytes: prompt.routed_bytes,
             targets: &state.targets,
             index: &state.index,
+            now_ns: 0,
             random: &mut state.random,
             turn: &mut self.turn,
         })

@@ -48,6 +48,12 @@ impl Clocks<'_> {
         (age < clock[WINDOW]).then_some(age as u32)
     }
 
+    /// The age of a resident holder as a share of its target's horizon, else 1.
+    pub(super) fn age_share(&self, holder: Holder) -> f64 {
+        let horizon = self.clock(holder.slot()).map_or(1, |clock| clock[HORIZON].max(1));
+        self.age(holder).map_or(1.0, |age| f64::from(age) / horizon as f64)
+    }
+
     /// What to stamp a holder with now.
     pub(super) fn stamp(&self, slot: u16) -> u32 {
         self.clock(slot).map_or(0, |clock| (clock[NOW] & STAMP_MASK) as u32)
@@ -113,6 +119,10 @@ impl Clocks<'_> {
         let lived = clock[NOW].wrapping_sub(clock[FLOOR]).min(clock[HORIZON]);
         let rest = if lived < clock[HORIZON] { clock[REMAINDER_BYTES] } else { 0 };
         lived.saturating_mul(clock[UNIT_BYTES]).saturating_add(rest)
+    }
+
+    pub(super) fn is_full(&self, slot: u16) -> bool {
+        self.clock(slot).is_some_and(|clock| clock[NOW].wrapping_sub(clock[FLOOR]) >= clock[HORIZON])
     }
 
     pub(super) fn check_integrity(&self) -> Result<(), String> {

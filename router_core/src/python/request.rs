@@ -72,7 +72,7 @@ impl Lease {
         self.0.splice().map(|(offset, bytes)| (offset, PyBytes::new(py, &bytes)))
     }
 
-    /// `first_byte_ns`, `chunks` and `max_gap_ns` are for policies that learn a worker's rates; none here does yet.
+    /// `chunks` and `max_gap_ns` are for policies that learn more of a worker's rates than any here does yet.
     #[pyo3(signature = (
         kind, status, first_byte_ns, chunks, max_gap_ns, prompt_tokens, completion_tokens, cached_tokens, now_ns, /
     ))]
@@ -90,8 +90,15 @@ impl Lease {
         cached_tokens: i64,
         now_ns: u64,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let _ = (first_byte_ns, chunks, max_gap_ns);
-        let outcome = Outcome { kind: kind.into(), status, prompt_tokens, completion_tokens, cached_tokens };
+        let _ = (chunks, max_gap_ns);
+        let outcome = Outcome {
+            kind: kind.into(),
+            status,
+            first_byte_ns: u64::try_from(first_byte_ns).ok(),
+            prompt_tokens,
+            completion_tokens,
+            cached_tokens,
+        };
         let transitions = self.0.release(&outcome, now_ns)?;
         PyTuple::new(py, transitions.into_iter().map(Transition))
     }

@@ -10,7 +10,8 @@ use crate::metrics::TargetCounter;
 use crate::outcome::Outcome;
 use crate::prefix_index::Claim;
 use crate::region::State;
-use crate::target::Field;
+use crate::speed::Observation;
+use crate::target::{Field, Work};
 
 /// One attempt's claim on one target. Dropped without a release, it counts as cancelled.
 pub struct Lease {
@@ -28,10 +29,14 @@ pub(super) struct Terms {
     pub(super) spliced_rank: Option<u16>,
     pub(super) match_bytes: u32,
     pub(super) predicted_cached_tokens: u64,
-    /// Added to the outstanding tokens.
-    pub(super) tokens: u64,
-    /// Of a half-open breaker.
-    pub(super) permit: bool,
+    /// How long ago the target was last sent what it is taken to hold, as a share of its capacity.
+    pub(super) match_age: f64,
+    /// In flight on its account.
+    pub(super) work: Work,
+    /// Uncached prompt tokens that were queued with it, its own included.
+    pub(super) queued_tokens: f64,
+    /// Requests in flight before it.
+    pub(super) load_before: u64,
     /// On the target's cache.
     pub(super) claim: Claim,
     pub(super) selected_ns: u64,
@@ -104,17 +109,21 @@ impl Router {
         if state.targets.incarnation(terms.slot) != terms.incarnation {
             return Ok(Vec::new());
         }
-        state.targets.end(terms.slot, terms.tokens, terms.permit);
+        state.targets.end(terms.slot, terms.work);
         if outcome.excludes_worker() {
             progress.failed.push((terms.head, state.targets.incarnation(terms.head)));
         }
         if outcome.voids_claim() {
             state.index.take_back(terms.slot, &request.prompt().blocks, terms.claim);
+            let mut speed = state.targets.speed(terms.slot);
+            speed.unqueue(terms.work.uncached_tokens as f64, now_ns);
+            state.targets.set_speed(terms.slot, &speed);
         }
         if outcome.wants_probe() {
             state.targets.set(Field::ProbeWanted, terms.head, 1);
         }
         self.learn(&mut state, request, terms, outcome);
+        learn_speed(&mut state, request, terms, outcome, now_ns);
         Ok(self.judge(&mut state, terms, outcome, now_ns).into_iter().collect())
     }
 
@@ -125,11 +134,12 @@ impl Router {
             self.slab.count(terms.slot, terms.incarnation, TargetCounter::Failures, 1);
         }
         let breaker = state.targets.breaker(terms.head);
-        let judged = verdict.map_or(breaker, |ok| breaker.observe(ok, terms.permit, now_ns, &self.settings.breaker));
+        let judged =
+            verdict.map_or(breaker, |ok| breaker.observe(ok, terms.work.permit, now_ns, &self.settings.breaker));
         if judged != breaker {
             state.targets.set_breaker(terms.head, judged);
         }
-        if terms.permit || judged.name() != breaker.name() {
+        if terms.work.permit || judged.name() != breaker.name() {
             self.refresh_availability(state, terms.head);
         }
         Transition::between(terms.head, "breaker", breaker.name(), judged.name())
@@ -147,9 +157,12 @@ impl Router {
                 self.fit_capacity(state, slot);
             }
             if let Ok(cached_tokens) = u64::try_from(outcome.cached_tokens) {
+                let predicted = terms.predicted_cached_tokens.min(prompt_tokens);
+                state.targets.learn_cached_share(slot, terms.match_age, prompt_tokens, predicted, cached_tokens);
+                self.fit_capacity(state, slot);
                 count(TargetCounter::PromptTokens, prompt_tokens);
                 count(TargetCounter::ReportedCachedTokens, cached_tokens);
-                count(TargetCounter::PredictedCachedTokens, terms.predicted_cached_tokens.min(prompt_tokens));
+                count(TargetCounter::PredictedCachedTokens, predicted);
             }
         }
         if let Ok(completion_tokens @ 1..) = u64::try_from(outcome.completion_tokens) {
@@ -158,4 +171,26 @@ impl Router {
             state.index.advance(slot, bytes as u64);
         }
     }
+}
+
+const NANOSECONDS: f64 = 1e9;
+
+/// What a whole answer says of its target's speed. Only a stream shows when the first token came.
+fn learn_speed(state: &mut State<'_>, request: &Request, terms: &Terms, outcome: &Outcome, now_ns: u64) {
+    let Ok(tokens @ 1..) = u64::try_from(outcome.completion_tokens) else { return };
+    let mut speed = state.targets.speed(terms.slot);
+    speed.learn_answer(tokens);
+    if let (true, true, Some(first_byte_ns)) = (request.prompt().stream, tokens > 1, outcome.first_byte_ns) {
+        // What it had to read in truth, where the worker says so.
+        let read = u64::try_from(outcome.prompt_tokens.saturating_sub(outcome.cached_tokens));
+        let read = if outcome.cached_tokens >= 0 { read.ok() } else { None };
+        let predicted = terms.work.uncached_tokens as f64;
+        speed.learn(&Observation {
+            queued_tokens: (terms.queued_tokens - predicted + read.map_or(predicted, |read| read as f64)).max(0.0),
+            first_token_seconds: first_byte_ns.saturating_sub(terms.selected_ns) as f64 / NANOSECONDS,
+            load: terms.load_before + 1,
+            step_seconds: now_ns.saturating_sub(first_byte_ns) as f64 / NANOSECONDS / (tokens - 1) as f64,
+        });
+    }
+    state.targets.set_speed(terms.slot, &speed);
 }

@@ -143,7 +143,8 @@ impl Router {
     /// Fit what the index credits a target with to what its answers say of its cache.
     pub(super) fn fit_capacity(&self, state: &mut State<'_>, slot: u16) {
         let kv_capacity_tokens = state.targets.get(Field::KvCapacityTokens, slot);
-        let capacity = self.capacity_bytes(kv_capacity_tokens, state.targets.bytes_per_token(slot));
+        let cached_tokens = (kv_capacity_tokens as f64 * state.targets.cached_share(slot)) as u64;
+        let capacity = self.capacity_bytes(cached_tokens, state.targets.bytes_per_token(slot));
         state.index.set_capacity(slot, capacity);
     }
 

@@ -1,0 +1,1 @@
+"""A discrete-event simulator of a fleet behind the real core: deterministic, seeded, no sockets, no sleeps."""

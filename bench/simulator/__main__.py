@@ -1,0 +1,45 @@
+"""python -m bench.simulator: routing policies on simulated fleets."""
+
+import argparse
+import sys
+
+from bench.simulator.engine import Worker
+from bench.simulator.presets import PRESETS
+from bench.simulator.report import Row, reachable, row, table
+from bench.simulator.routers import make_router
+from bench.simulator.simulation import Simulation
+from bench.simulator.workload import Workload
+from bench.simulator.workloads import WORKLOADS
+from warmroute._core import policy_names
+
+
+def simulate(workload: Workload, routers: list[str], seed: int) -> list[Row]:
+    """One row per router; prints a table."""
+    rows: list[Row] = []
+    limits = (0.0, 0.0)
+    for name in routers:
+        workers = [Worker(workload.engine, workload.ranks) for _ in range(workload.workers)]
+        outcome = Simulation(workload, workers, make_router(name, workload, workers, seed)).run()
+        if not rows:
+            limits = reachable(workload, outcome.reached)
+        rows.append(row(name, workload, outcome))
+        print(f"{workload.name} {name} done", file=sys.stderr, flush=True)
+    print(table(workload, rows, limits), flush=True)
+    return rows
+
+
+def main() -> None:
+    routers = [*policy_names(), *PRESETS]
+    parser = argparse.ArgumentParser(prog="python -m bench.simulator", description="Policies on simulated fleets.")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="W")
+    parser.add_argument(
+        "--routers", nargs="+", choices=routers, default=routers, metavar="NAME", help=", ".join(routers)
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    for name in arguments.workloads:
+        simulate(WORKLOADS[name](arguments.seed), arguments.routers, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+//! To the target where the request costs least: its own wait, and what it makes all others there wait, in seconds.
+//!
+//! ```text
+//! own wait      (tokens queued + tokens to read) x seconds per token, + the wait for room in the cache
+//! stall         what reading adds to the worker's longest queue x requests in flight that pause meanwhile
+//! slower steps  answer tokens x seconds that a request adds to a step x requests in flight, itself included
+//! eviction      half the seconds of reading anew what a full cache must drop for it
+//! ```
+//!
+//! Ranks of one worker step together, so what counts of them is what the request adds to the slowest: below the longest queue
+//! reading is free, below the largest batch decoding is. All rates are learned per target (speed.rs). Whatever a prefix is worth
+//! follows: the holder has less to read. It keeps a hot prefix until its queue costs more than reading it once more elsewhere.
+//! Among equal costs the choice is by rendezvous hashing of the first block that nobody holds, so that siblings that come
+//! together meet, and several routers agree without a word.
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use super::{Choice, Policy};
+use crate::target::Targets;
+
+/// Costs that differ by less than this share of the least ...
+const EQUAL_SHARE: f64 = 0.02;
+/// ... or by less than so many seconds are equal: no estimate is better than that.
+const EQUAL_SECONDS: f64 = 0.001;
+
+/// The part of what is evicted that would have been asked for again.
+const EVICTED_VALUE: f64 = 0.5;
+
+pub(super) struct LeastCost;
+
+impl Policy for LeastCost {
+    fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
+        let mut group = Group::default();
+        let costs: Vec<(u16, f64)> = choice
+            .candidates
+            .iter()
+            .map(|slot| {
+                group.enter(choice, slot);
+                (slot, group.cost(choice, slot))
+            })
+            .collect();
+        let least = costs.iter().fold(f64::INFINITY, |least, &(_, cost)| least.min(cost));
+        let limit = least + (least * EQUAL_SHARE).max(EQUAL_SECONDS);
+        let equals = costs.iter().filter(|&&(_, cost)| cost <= limit);
+        let key = first_unknown_block(choice);
+        equals.max_by_key(|&&(slot, _)| rendezvous(key, slot)).map(|&(slot, _)| slot).unwrap_or_default()
+    }
+}
+
+/// The ranks of one worker.
+#[derive(Default)]
+struct Group {
+    head: Option<u16>,
+    longest_queue: f64,
+    largest_load: u64,
+    load: u64,
+}
+
+impl Group {
+    fn enter(&mut self, choice: &Choice<'_, '_>, slot: u16) {
+        let targets = choice.targets;
+        let head = targets.head(slot);
+        if self.head == Some(head) {
+            return;
+        }
+        *self = Self { head: Some(head), ..Self::default() };
+        for rank in targets.slots_of(head) {
+            self.longest_queue = self.longest_queue.max(targets.speed(rank).queued_tokens(choice.now_ns));
+            self.largest_load = self.largest_load.max(targets.load(rank));
+            self.load += targets.load(rank);
+        }
+    }
+
+    /// Seconds that the request costs at `slot`.
+    fn cost(&self, choice: &Choice<'_, '_>, slot: u16) -> f64 {
+        let targets = choice.targets;
+        let speed = targets.speed(slot);
+        let bytes_per_token = targets.bytes_per_token(slot);
+        let prompt_bytes = f64::from(choice.prompt_bytes);
+        let unread = (prompt_bytes - f64::from(choice.matches.of(slot).bytes)).max(0.0) / bytes_per_token;
+        let queued = speed.queued_tokens(choice.now_ns) + unread;
+        let per_token = speed.seconds_per_prompt_token();
+        let (step, per_request) = speed.step_seconds();
+        let others = self.load as f64;
+
+        let stall = (queued - self.longest_queue).max(0.0) * per_token * others;
+        let steps_grow = targets.load(slot) + 1 > self.largest_load;
+        let slower = if steps_grow { speed.answer_tokens() * per_request * (1.0 + others) } else { 0.0 };
+        let evicted = if choice.index.is_full(slot) { unread * per_token * EVICTED_VALUE } else { 0.0 };
+        let needed = prompt_bytes / bytes_per_token + speed.answer_tokens();
+        let answer_seconds = speed.answer_tokens() * (step + per_request * targets.load(slot) as f64);
+        queued * per_token + wait_for_room(targets, slot, needed, answer_seconds) + stall + slower + evicted
+    }
+}
+
+/// Seconds until a cache that is full of requests in flight has room for `needed` tokens, when each takes `answer_seconds`.
+fn wait_for_room(targets: &Targets<'_>, slot: u16, needed: f64, answer_seconds: f64) -> f64 {
+    let (capacity, held) = (targets.kv_capacity_tokens(slot) as f64, targets.held_tokens(slot) as f64);
+    let missing = held + needed - capacity;
+    // What runs fills the cache at most once and leaves it within the time of an answer.
+    if capacity > 0.0 && held > 0.0 && missing > 0.0 { missing / held.min(capacity) * answer_seconds } else { 0.0 }
+}
+
+/// The key of the first block beyond what the best holder has.
+fn first_unknown_block(choice: &Choice<'_, '_>) -> u64 {
+    let known = choice.matches.holders().map(|(_, found)| found.blocks).max().unwrap_or_default();
+    let last = choice.blocks.len().saturating_sub(1);
+    choice.blocks.get(last.min(known as usize)).map_or(0, |block| block.key)
+}
+
+fn rendezvous(key: u64, slot: u16) -> u64 {
+    xxh3_64_with_seed(&slot.to_le_bytes(), key)
+}
