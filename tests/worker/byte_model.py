@@ -62,8 +62,8 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_config(folder: Path) -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 320}
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320, **sizes}
     (folder / "config.json").write_text(json.dumps(config))
 
 
