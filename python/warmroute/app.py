@@ -24,6 +24,7 @@ from warmroute.config import RouterConfig
 from warmroute.control.control_plane import ControlPlane
 from warmroute.dataplane import DataPlane
 from warmroute.directory import Directory
+from warmroute.http_counts import HttpCounts
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +61,14 @@ async def serve(settings: Settings) -> int:
     settings = settings.with_drawn(**_drawn_seeds(settings.config))
     config = settings.config
     core = build_core(config)
-    directory = Directory()
+    directory, counts = Directory(), HttpCounts()
     sockets = listening_sockets(config.host, config.port)
     try:
-        control = await run_control(settings, core, directory)
+        control = await run_control(settings, core, directory, counts)
     except OSError as error:
         where = f"{config.prometheus_host}:{config.prometheus_port}"
         raise CannotStart(f"cannot serve metrics on {where}: {error.strerror or error} (--prometheus-port)") from None
-    data_plane = await run_data_plane(config, core, directory, sockets, control.control_upstream)
+    data_plane = await run_data_plane(config, core, directory, sockets, control.control_upstream, counts)
     _log_start(config, sockets)
     try:
         return await _until_stopped(data_plane, config.shutdown_grace_period_secs)
@@ -76,9 +77,9 @@ async def serve(settings: Settings) -> int:
         await control.close()
 
 
-async def run_control(settings: Settings, core: Core, directory: Directory) -> ControlPlane:
+async def run_control(settings: Settings, core: Core, directory: Directory, counts: HttpCounts) -> ControlPlane:
     """Registration, probing, the control app, metrics. Raises OSError when the metrics port cannot be had."""
-    control = ControlPlane(settings, core, directory)
+    control = ControlPlane(settings, core, directory, counts)
     try:
         await control.start()
     except BaseException:
@@ -93,9 +94,10 @@ async def run_data_plane(
     directory: Directory,
     sockets: Sequence[socket.socket],
     control_upstream: Callable[[], Awaitable[socket.socket]],
+    counts: HttpCounts,
 ) -> "RunningDataPlane":
     """Answer on `sockets`, which listen already."""
-    plane = DataPlane(config, core, directory, control_upstream)
+    plane = DataPlane(config, core, directory, control_upstream, counts)
     loop = asyncio.get_running_loop()
     servers = [await loop.create_server(plane.protocol_factory, sock=one, backlog=LISTEN_BACKLOG) for one in sockets]
     return RunningDataPlane(plane, servers)

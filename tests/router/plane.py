@@ -19,6 +19,7 @@ from warmroute.app import build_core
 from warmroute.config import RouterConfig
 from warmroute.dataplane import DataPlane
 from warmroute.directory import Directory, WorkerAddress
+from warmroute.http_counts import HttpCounts
 
 
 @dataclass
@@ -112,7 +113,7 @@ async def running(workers: Sequence[FakeWorker] = (), **config: Any) -> AsyncIte
 
     core = build_core(settings)
     directory = Directory()
-    plane = DataPlane(settings, core, directory, control_upstream)
+    plane = DataPlane(settings, core, directory, control_upstream, HttpCounts())
     listener = await loop.create_server(plane.protocol_factory, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:

@@ -16,6 +16,7 @@ from warmroute.command_line import Settings
 from warmroute.config import RouterConfig
 from warmroute.control.control_plane import ControlPlane
 from warmroute.directory import Directory
+from warmroute.http_counts import HttpCounts
 
 
 @dataclass
@@ -58,7 +59,7 @@ async def running_control(**fields: Any) -> AsyncIterator[RunningControl]:
     config = RouterConfig(**given)
     settings = Settings(config, dict.fromkeys(RouterConfig.__slots__, "default"))
     core, directory = build_core(config), Directory()
-    plane = ControlPlane(settings, core, directory)
+    plane = ControlPlane(settings, core, directory, HttpCounts())
     await plane.start()
     try:
         async with (

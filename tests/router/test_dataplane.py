@@ -395,3 +395,25 @@ async def test_a_second_turn_goes_where_the_first_went() -> None:
                 bodies = [json.loads(seen.body)["messages"] for seen in worker.record.requests]
                 firsts = [body[0]["content"] for body in bodies]
                 assert all(firsts.count(first) == 2 for first in firsts)
+
+
+async def test_what_the_data_plane_answers_itself_is_counted() -> None:
+    async with running([], api_key="router-key", max_payload_size=10) as router:
+        key = {"authorization": "Bearer router-key"}
+        assert (await router.client.get("/health")).status_code == 200
+        assert (await router.client.post("/generate", content=b"{}")).status_code == 401
+        refused = await router.client.request("BREW", "/coffee", headers=key)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (501, "not_implemented")
+        assert (await router.client.post("/generate", content=b"x" * 11, headers=key)).status_code == 413
+        counts = router.plane.counts
+        assert dict(counts.requests) == {
+            ("GET", "/health"): 1,
+            ("POST", "/generate"): 1,
+            ("other", "other"): 2,
+        }
+        assert dict(counts.responses) == {
+            (200, "/health"): 1,
+            (401, "/generate"): 1,
+            (501, "other"): 1,
+            (413, "other"): 1,
+        }

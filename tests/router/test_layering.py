@@ -21,6 +21,7 @@ ROUTER_LAYERS = [
         "warmroute.directory",
         "warmroute.config",
         "warmroute.errors",
+        "warmroute.http_counts",
     },
     {"warmroute._core", "warmroute"},
 ]

@@ -1,12 +1,12 @@
 """aiohttp's side of `warmroute.errors`: answers of the control app, and the middleware that makes every error JSON."""
 
 import logging
-from collections import Counter
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from warmroute.errors import ErrorCode, Headers, WorkerApiCode, http_error, worker_api_error
+from warmroute.http_counts import HttpCounts
 
 log = logging.getLogger(__name__)
 
@@ -23,25 +23,16 @@ def refuse_worker(code: WorkerApiCode, message: str) -> web.Response:
     return respond(*worker_api_error(code, message))
 
 
-class ControlRequests:
-    """Counts of what the control app answered; (method, path template) and (status, path template)."""
-
-    def __init__(self) -> None:
-        self.requests: Counter[tuple[str, str]] = Counter()
-        self.responses: Counter[tuple[int, str]] = Counter()
-
-
-def json_errors_and_counts(counts: ControlRequests) -> Middleware:
+def json_errors_and_counts(counts: HttpCounts) -> Middleware:
     """Turns what handlers raise into JSON, and counts by path template, so that clients cannot invent labels."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await _answer(request, handler)
         resource = request.match_info.route.resource
-        path = resource.canonical if resource is not None else "other"
-        method = request.method if path != "other" or request.method in ("GET", "POST") else "other"
-        counts.requests[method, path] += 1
-        counts.responses[response.status, path] += 1
+        path = resource.canonical if resource is not None else HttpCounts.OTHER
+        known = path != HttpCounts.OTHER or request.method in ("GET", "POST")
+        counts.count(request.method if known else HttpCounts.OTHER, path, response.status)
         return response
 
     return middleware

@@ -7,9 +7,10 @@ from prometheus_client.exposition import choose_encoder
 from warmroute import router_health
 from warmroute._core import Core
 from warmroute.command_line import Settings
-from warmroute.control.answers import ControlRequests, json_errors_and_counts, method_not_allowed
+from warmroute.control.answers import json_errors_and_counts, method_not_allowed
 from warmroute.control.fleet_api import FleetApi
 from warmroute.control.worker_api import WorkerApi
+from warmroute.http_counts import HttpCounts
 
 # The data plane keeps the POSTs to itself and hands on only other methods.
 ROUTED_PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
@@ -18,7 +19,7 @@ ROUTED_PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
 def control_app(
     settings: Settings,
     core: Core,
-    counts: ControlRequests,
+    counts: HttpCounts,
     metrics: CollectorRegistry,
     worker_api: WorkerApi,
     fleet_api: FleetApi,
@@ -56,7 +57,7 @@ def control_app(
 
 def metrics_app(metrics: CollectorRegistry) -> web.Application:
     """For `--prometheus-port`: /metrics and nothing else."""
-    app = web.Application(middlewares=[json_errors_and_counts(ControlRequests())])
+    app = web.Application(middlewares=[json_errors_and_counts(HttpCounts())])
     app.add_routes(metrics_routes(metrics))
     return app
 

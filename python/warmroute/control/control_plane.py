@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from warmroute._core import Core
 from warmroute.command_line import Settings
-from warmroute.control.answers import ControlRequests
 from warmroute.control.api import control_app, metrics_app
 from warmroute.control.fleet_api import FleetApi
 from warmroute.control.metrics import RouterCollector
@@ -23,6 +22,7 @@ from warmroute.control.worker_client import WorkerClient
 from warmroute.control.worker_spec import WorkerSpec
 from warmroute.control.workers import Registry
 from warmroute.directory import Directory, parse_worker_url
+from warmroute.http_counts import HttpCounts
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _SHUTDOWN_SECONDS: Final = 1.0
 class ControlPlane:
     """`start` before anything else, `close` at the end; `control_upstream` in between."""
 
-    def __init__(self, settings: Settings, core: Core, directory: Directory) -> None:
+    def __init__(self, settings: Settings, core: Core, directory: Directory, counts: HttpCounts) -> None:
         config = settings.config
         self._config = config
         self._core = core
@@ -51,7 +51,6 @@ class ControlPlane:
         schedule = ProbeSchedule(intervals, random.Random(config.seed))
         self.registry = Registry(core, directory, drain_ns=int(config.shutdown_grace_period_secs * 1e9))
         self._prober = Prober(config, core, self.registry, self._client, schedule, monotonic_ns, self._wake.set)
-        counts = ControlRequests()
         self.metrics = CollectorRegistry(auto_describe=False)
         self.metrics.register(
             RouterCollector(

@@ -13,10 +13,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from warmroute._core import Core, Endpoint, RequestSeries
-from warmroute.control.answers import ControlRequests
 from warmroute.control.prober import Prober
 from warmroute.control.worker_metrics import worker_metrics
 from warmroute.control.workers import Registry
+from warmroute.http_counts import HttpCounts
 
 _ENDPOINTS = {Endpoint.CHAT: "chat", Endpoint.COMPLETIONS: "completions", Endpoint.GENERATE: "generate"}
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "generate": "/generate"}
@@ -47,14 +47,14 @@ class RouterCollector(Collector):
         core: Core,
         registry: Registry,
         prober: Prober,
-        control: ControlRequests,
+        counts: HttpCounts,
         policy: str,
         duration_buckets: Sequence[float],
     ) -> None:
         self._core = core
         self._registry = registry
         self._prober = prober
-        self._control = control
+        self._counts = counts
         self._policy = policy
         self._bounds = [*map(_bound, duration_buckets), "+Inf"]
 
@@ -119,9 +119,9 @@ class RouterCollector(Collector):
         yield from (requests, errors, attempts, retries)
 
     def _http(self, series: Iterable[RequestSeries]) -> Iterator[Metric]:
-        """Routed requests as the core counted them, the others as the control app did."""
-        asked: defaultdict[tuple[str, str], int] = defaultdict(int, self._control.requests)
-        answered: defaultdict[tuple[int, str], int] = defaultdict(int, self._control.responses)
+        """Routed requests as the core counted them, the others as whoever answered them did."""
+        asked: defaultdict[tuple[str, str], int] = defaultdict(int, self._counts.requests)
+        answered: defaultdict[tuple[int, str], int] = defaultdict(int, self._counts.responses)
         for one in series:
             path = _PATHS[_ENDPOINTS[one.endpoint]]
             asked["POST", path] += one.accepted

@@ -13,6 +13,7 @@ from warmroute._core import BadHead, ChunkDecoder, Route
 from warmroute.dataplane.exchange import ControlExchange
 from warmroute.dataplane.routed_exchange import RoutedExchange
 from warmroute.errors import ErrorCode, http_error
+from warmroute.http_counts import HttpCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # A client that pipelines may be this far ahead of the answers before it is made to wait.
 MAX_AHEAD_BYTES = 256 * 1024
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
 # After an answer to a request that was not read whole: how long its sender may go on before the connection is cut, so
 # that the answer is not lost to a reset (RFC 9112, section 9.6).
 LINGER_SECONDS = 2.0
@@ -37,6 +40,7 @@ _REASONS = {
     429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
     500: b"Internal Server Error",
+    501: b"Not Implemented",
     502: b"Bad Gateway",
     503: b"Service Unavailable",
     504: b"Gateway Timeout",
@@ -238,10 +242,7 @@ class ClientConnection(asyncio.Protocol):
     def _dispatch(self, head: RequestHead, body: bytes) -> None:
         plane = self._plane
         if plane.api_key is not None and not plane.may_enter(head):
-            request_id = head.request_id or plane.new_request_id()
-            self.answer_error(
-                ErrorCode.UNAUTHORIZED, "A valid API key is needed: authorization: Bearer ...", request_id
-            )
+            self._answer_unasked(head, ErrorCode.UNAUTHORIZED, "A valid API key is needed: authorization: Bearer ...")
             return
         now_ns = monotonic_ns()
         if head.is_routed:
@@ -249,13 +250,24 @@ class ClientConnection(asyncio.Protocol):
             self._exchange = routed
             routed.start(now_ns)
         elif head.route == Route.CONTROL:
+            if head.method not in METHODS:
+                self._answer_unasked(head, ErrorCode.NOT_IMPLEMENTED, f"There is no method {head.method} here")
+                return
             control = ControlExchange(plane, self, head, body, now_ns)
             self._exchange = control
             control.start()
         else:
-            status, content = plane.probe(head.route)
-            self._respond(status, (("content-type", "application/json"),), content, b"")
+            status, content_type, content = plane.probe(head.route)
+            plane.counts.count(head.method, head.path.decode(), status)
+            self._respond(status, (("content-type", content_type),), content, b"")
             self.exchange_ended()
+
+    def _answer_unasked(self, head: RequestHead, code: ErrorCode, message: str) -> None:
+        """Refuse what neither the core nor the control app gets to see, and count it in their place."""
+        method = head.method if head.method in METHODS else HttpCounts.OTHER
+        path = head.path.decode() if head.is_routed else HttpCounts.OTHER
+        self._plane.counts.count(method, path, code.status)
+        self.answer_error(code, message, head.request_id or self._plane.new_request_id())
 
     def _respond(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes, request_id: bytes) -> None:
         lines = [b"HTTP/1.1 %d %b\r\ncontent-length: %d\r\n" % (status, _REASONS.get(status, b"Error"), len(body))]
@@ -277,6 +289,7 @@ class ClientConnection(asyncio.Protocol):
         self._decoder = None
         self._buffer = b""
         self._body_parts.clear()
+        self._plane.counts.count(HttpCounts.OTHER, HttpCounts.OTHER, status)
         self._respond(*http_error(ErrorCode.of_status(status), message), self._plane.new_request_id())
         self._transport.write_eof()
         self._plane.loop.call_later(LINGER_SECONDS, self._transport.close)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import os
 import random
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
+from warmroute import router_health
 from warmroute._core import HeadParser, Route
 from warmroute.dataplane.client_connection import ClientConnection
 from warmroute.dataplane.pool import IDLE_NS, Pool
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from warmroute.config import RouterConfig
     from warmroute.dataplane.exchange import Exchange
     from warmroute.directory import Directory, WorkerAddress
+    from warmroute.http_counts import HttpCounts
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,10 @@ class DataPlane:
         core: Core,
         directory: Directory,
         control_upstream: Callable[[], Awaitable[socket.socket]],
+        counts: HttpCounts,
     ) -> None:
         self.core = core
+        self.counts = counts
         self.directory = directory
         self.loop = asyncio.get_running_loop()
         self.parser = HeadParser(request_id_headers=config.request_id_headers, max_head_bytes=MAX_HEAD_BYTES)
@@ -115,17 +118,11 @@ class DataPlane:
             return True
         return hmac.compare_digest(head.authorization or b"", self._expected_authorization)
 
-    def probe(self, route: Route) -> tuple[int, bytes]:
-        """The answer to an orchestrator's probe, from the core alone."""
-        if route != Route.READINESS:
-            return 200, b'{"status":"ok"}'
-        available, registered = self.core.readiness()
-        facts: dict[str, object] = {"status": "ready", "healthy_workers": available, "total_workers": registered}
-        if not self.is_draining and available:
-            return 200, json.dumps(facts).encode()
-        facts["status"] = "not ready"
-        facts["reason"] = "draining" if self.is_draining else "insufficient healthy workers"
-        return 503, json.dumps(facts).encode()
+    def probe(self, route: Route) -> tuple[int, str, bytes]:
+        """(status, content type, body) for an orchestrator's probe, from the core alone."""
+        if route == Route.READINESS:
+            return router_health.readiness(self.core, draining=self.is_draining)
+        return router_health.liveness()
 
     def began(self, exchange: Exchange) -> None:
         self._exchanges.add(exchange)
