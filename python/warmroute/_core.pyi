@@ -38,8 +38,6 @@ class OutcomeKind:
     """The worker's response arrived whole; `status` says what it was (5xx but 501 counts against the worker)."""
     CONNECT_FAILED: ClassVar[OutcomeKind]
     """Refused, unreachable or timed out before the request was sent. The claim is taken back."""
-    STALE_CONNECTION: ClassVar[OutcomeKind]
-    """A pooled connection was already dead: says nothing about the worker, does not exclude it."""
     NO_ANSWER: ClassVar[OutcomeKind]
     """Sent, then reset, closed, garbage or timed out before any byte of the answer. The claim is taken back."""
     BROKEN_STREAM: ClassVar[OutcomeKind]
@@ -112,6 +110,9 @@ class Lease:
         /,
     ) -> tuple[Transition, ...]:
         """Give the claim back; idempotent (a second call returns ()). -1 stands for unknown.
+
+        `first_byte_ns` is when the answer's first byte came, on the clock of `now_ns`; with `completion_tokens` it tells
+        how fast the target is. `cached_tokens` corrects what the index credits the target with.
 
         CONNECT_FAILED, NO_ANSWER, and ANSWERED with a retryable status (408, 429, 500, 502, 503, 504) exclude the
         worker from later selects of the same request. CONNECT_FAILED, NO_ANSWER and BROKEN_STREAM ask for a probe of

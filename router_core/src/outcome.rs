@@ -7,8 +7,6 @@ pub enum OutcomeKind {
     Answered,
     /// Refused, unreachable or timed out before the request was sent.
     ConnectFailed,
-    /// A pooled connection was already dead.
-    StaleConnection,
     /// Sent, then nothing: reset, closed, garbage or timed out before any byte of the answer.
     NoAnswer,
     /// The answer broke off after it had begun.
@@ -56,14 +54,13 @@ impl Outcome {
                 _ => Some(true),
             },
             OutcomeKind::ConnectFailed | OutcomeKind::NoAnswer | OutcomeKind::BrokenStream => Some(false),
-            OutcomeKind::StaleConnection | OutcomeKind::Cancelled => None,
+            OutcomeKind::Cancelled => None,
         }
     }
 
     /// Whether the worker never took in the prompt, so that the lease's claim on its cache is void.
     pub fn voids_claim(&self) -> bool {
-        use OutcomeKind::{ConnectFailed, NoAnswer, StaleConnection};
-        matches!(self.kind, ConnectFailed | StaleConnection | NoAnswer)
+        matches!(self.kind, OutcomeKind::ConnectFailed | OutcomeKind::NoAnswer)
     }
 
     /// Whether the same request should rather go to another worker.
@@ -101,7 +98,6 @@ mod tests {
             (Answered, 503, Some(false), false, true, false),
             (Answered, 505, Some(false), false, false, false),
             (ConnectFailed, 0, Some(false), true, true, true),
-            (StaleConnection, 0, None, true, false, false),
             (NoAnswer, 0, Some(false), true, true, true),
             (BrokenStream, 200, Some(false), false, false, true),
             (Cancelled, 0, None, false, false, false),

@@ -28,10 +28,9 @@ enum Call {
     Evict(usize),
 }
 
-const KINDS: [OutcomeKind; 6] = [
+const KINDS: [OutcomeKind; 5] = [
     OutcomeKind::Answered,
     OutcomeKind::ConnectFailed,
-    OutcomeKind::StaleConnection,
     OutcomeKind::NoAnswer,
     OutcomeKind::BrokenStream,
     OutcomeKind::Cancelled,

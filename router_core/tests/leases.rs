@@ -194,7 +194,6 @@ fn failed_attempts_ask_for_one_probe() {
         (OutcomeKind::ConnectFailed, 1),
         (OutcomeKind::NoAnswer, 1),
         (OutcomeKind::BrokenStream, 1),
-        (OutcomeKind::StaleConnection, 0),
         (OutcomeKind::Cancelled, 0),
         (OutcomeKind::Answered, 0),
     ] {

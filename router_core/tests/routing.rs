@@ -193,7 +193,6 @@ fn outcomes_that_do_not_exclude() {
     let fleet = Fleet::new(settings(), 1);
     let request = fleet.text("a prompt");
     for (kind, status) in [
-        (OutcomeKind::StaleConnection, 0),
         (OutcomeKind::Answered, 400),
         (OutcomeKind::Answered, 200),
         (OutcomeKind::BrokenStream, 200),
@@ -208,7 +207,6 @@ fn outcomes_that_do_not_exclude() {
 fn a_claim_that_was_never_true_is_taken_back() {
     for (kind, expected) in [
         (OutcomeKind::ConnectFailed, 0),
-        (OutcomeKind::StaleConnection, 0),
         (OutcomeKind::NoAnswer, 0),
         (OutcomeKind::BrokenStream, 8),
         (OutcomeKind::Cancelled, 8),

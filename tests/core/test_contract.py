@@ -27,7 +27,7 @@ from warmroute._core import (
     policy_names,
 )
 
-KINDS = ["ANSWERED", "CONNECT_FAILED", "STALE_CONNECTION", "NO_ANSWER", "BROKEN_STREAM", "CANCELLED"]
+KINDS = ["ANSWERED", "CONNECT_FAILED", "NO_ANSWER", "BROKEN_STREAM", "CANCELLED"]
 
 
 # -- kinds of things

@@ -32,7 +32,6 @@ impl From<prompt::Endpoint> for Endpoint {
 pub(super) enum OutcomeKind {
     ANSWERED,
     CONNECT_FAILED,
-    STALE_CONNECTION,
     NO_ANSWER,
     BROKEN_STREAM,
     CANCELLED,
@@ -43,7 +42,6 @@ impl From<OutcomeKind> for outcome::OutcomeKind {
         match kind {
             OutcomeKind::ANSWERED => Self::Answered,
             OutcomeKind::CONNECT_FAILED => Self::ConnectFailed,
-            OutcomeKind::STALE_CONNECTION => Self::StaleConnection,
             OutcomeKind::NO_ANSWER => Self::NoAnswer,
             OutcomeKind::BROKEN_STREAM => Self::BrokenStream,
             OutcomeKind::CANCELLED => Self::Cancelled,
