@@ -111,8 +111,8 @@ class Lease:
     ) -> tuple[Transition, ...]:
         """Give the claim back; idempotent (a second call returns ()). -1 stands for unknown.
 
-        `first_byte_ns` is when the answer's first byte came, on the clock of `now_ns`; with `completion_tokens` it tells
-        how fast the target is. `cached_tokens` corrects what the index credits the target with.
+        `first_byte_ns` is when the answer's first byte came, on the clock of `now_ns`; with `completion_tokens` it
+        tells how fast the target is. `cached_tokens` corrects what the index credits the target with.
 
         CONNECT_FAILED, NO_ANSWER, and ANSWERED with a retryable status (408, 429, 500, 502, 503, 504) exclude the
         worker from later selects of the same request. CONNECT_FAILED, NO_ANSWER and BROKEN_STREAM ask for a probe of
