@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from bench.simulator.engine import Worker
 from bench.simulator.presets import PRESETS
 from bench.simulator.report import Row, reachable, row, table
 from bench.simulator.routers import make_router
 from bench.simulator.simulation import Simulation
+from bench.simulator.trace import read_trace
 from bench.simulator.workload import Workload
 from bench.simulator.workloads import WORKLOADS
 from warmroute._core import policy_names
@@ -36,7 +38,17 @@ def main() -> None:
         "--routers", nargs="+", choices=routers, default=routers, metavar="NAME", help=", ".join(routers)
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="a request trace (trace.py) instead of workloads")
+    parser.add_argument("--requests", type=int, default=0, help="of the trace, from its beginning; 0: all")
+    parser.add_argument("--speed", type=float, default=1.0, help="how much faster than recorded the trace arrives")
     arguments = parser.parse_args()
+    if arguments.trace is not None:
+        try:
+            workload = read_trace(arguments.trace, arguments.requests, arguments.speed)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        simulate(workload, arguments.routers, arguments.seed)
+        return
     for name in arguments.workloads:
         simulate(WORKLOADS[name](arguments.seed), arguments.routers, arguments.seed)
 
