@@ -10,7 +10,9 @@ from typing import Any, Final, Literal
 
 from warmroute.directory import parse_worker_url
 
-Policy = Literal["cache_aware", "least_cost", "least_load", "power_of_two", "round_robin", "random"]
+Policy = Literal[
+    "cache_aware", "consistent_hashing", "least_cost", "least_load", "power_of_two", "round_robin", "random"
+]
 LogLevel = Literal["debug", "info", "warn", "error"]
 
 MIB: Final = 1 << 20

@@ -5,6 +5,7 @@
 
 mod balance;
 mod cache_aware;
+mod consistent_hashing;
 mod least_cost;
 mod least_load;
 mod power_of_two;
@@ -12,6 +13,8 @@ mod random;
 mod round_robin;
 
 pub use balance::Balance;
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::model::{SET_WORDS, bits};
 use crate::prefix_index::{Matches, PrefixIndex};
@@ -37,8 +40,9 @@ pub struct Parameters {
 /// Makes a policy; by name, in the order of the names.
 type Build = fn(&Parameters) -> Box<dyn Policy>;
 
-const POLICIES: [(&str, Build); 6] = [
+const POLICIES: [(&str, Build); 7] = [
     ("cache_aware", |parameters| Box::new(cache_aware::CacheAware::new(parameters))),
+    ("consistent_hashing", |_| Box::new(consistent_hashing::ConsistentHashing)),
     ("least_cost", |_| Box::new(least_cost::LeastCost)),
     ("least_load", |_| Box::new(least_load::LeastLoad)),
     ("power_of_two", |_| Box::new(power_of_two::PowerOfTwo)),
@@ -70,6 +74,8 @@ pub struct Choice<'a, 'm> {
     pub targets: &'a Targets<'m>,
     /// What each target is credited with in all.
     pub index: &'a PrefixIndex<'m>,
+    /// What the client says that the request belongs to.
+    pub routing_key: Option<u64>,
     /// CLOCK_MONOTONIC.
     pub now_ns: u64,
     /// Behind every random choice.
@@ -101,6 +107,12 @@ impl Choice<'_, '_> {
         }
         best.map(|(_, slot)| slot)
     }
+}
+
+/// Weighs a slot for a key: the heaviest of any set is chosen at random by the key, and stays the heaviest when others leave or
+/// join (rendezvous hashing; Thaler and Ravishankar, 1998).
+fn rendezvous(key: u64, slot: u16) -> u64 {
+    xxh3_64_with_seed(&slot.to_le_bytes(), key)
 }
 
 /// A set of slots, in order.

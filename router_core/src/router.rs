@@ -130,6 +130,7 @@ impl Router {
             prompt_bytes: request.prompt().routed_bytes,
             targets: &state.targets,
             index: &state.index,
+            routing_key: request.routing_key(),
             now_ns,
             random: &mut state.random,
             turn: state.models.turn(model),

@@ -417,3 +417,15 @@ async def test_what_the_data_plane_answers_itself_is_counted() -> None:
             (501, "other"): 1,
             (413, "other"): 1,
         }
+
+
+async def test_a_rank_and_a_key_in_the_headers_reach_the_policy() -> None:
+    async with FakeWorker(dp_size=4) as worker, running([worker]) as router:
+        for rank in (3, 1):
+            answer = await router.client.post(CHAT, json=chat(), headers={"x-data-parallel-rank": str(rank)})
+            assert answer.status_code == 200
+        assert [target.selections for target in router.core.targets()] == [0, 1, 0, 1]
+    async with FakeWorker() as one, FakeWorker() as two, running([one, two], policy="consistent_hashing") as router:
+        for _ in range(6):
+            await router.client.post(CHAT, json=chat(), headers={"X-Session-ID": "abc"})
+        assert sorted(target.selections for target in router.core.targets()) == [0, 6]

@@ -96,7 +96,7 @@ impl RequestHead {
     pub fn routing_headers(&self) -> Vec<u8> {
         let mut lines = Vec::new();
         for field in &self.end_to_end {
-            if matches!(field.meaning, FieldName::RoutingKey | FieldName::TargetWorker) {
+            if matches!(field.meaning, FieldName::RoutingKey | FieldName::TargetWorker | FieldName::DataParallelRank) {
                 lines.extend(field.name.from(&self.head).iter().map(u8::to_ascii_lowercase));
                 lines.extend_from_slice(b": ");
                 lines.extend_from_slice(field.value.from(&self.head));

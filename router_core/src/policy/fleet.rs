@@ -12,6 +12,7 @@ pub(super) struct Fleet {
     reader: PromptReader,
     targets: u16,
     turn: u64,
+    routing_key: Option<u64>,
     excluded: Vec<u16>,
 }
 
@@ -28,7 +29,14 @@ impl Fleet {
             (0..load).for_each(|_| state.targets.begin(slot, Work::default()));
         }
         drop(guard);
-        Self { region, reader: PromptReader::new(1), targets: loads.len() as u16, turn: 0, excluded: Vec::new() }
+        Self {
+            region,
+            reader: PromptReader::new(1),
+            targets: loads.len() as u16,
+            turn: 0,
+            routing_key: None,
+            excluded: Vec::new(),
+        }
     }
 
     /// The target in `slot` gets the first `bytes` of a text of that name.
@@ -47,6 +55,16 @@ impl Fleet {
         self.excluded = slots.to_vec();
     }
 
+    pub(super) fn set_routing_key(&mut self, key: u64) {
+        self.routing_key = Some(key);
+    }
+
+    pub(super) fn set_load(&mut self, slot: u16, load: u64) {
+        let mut guard = self.region.lock().unwrap();
+        let mut state = guard.state();
+        (state.targets.load(slot)..load).for_each(|_| state.targets.begin(slot, Work::default()));
+    }
+
     pub(super) fn pick(&mut self, policy: &dyn Policy, name: &str, bytes: usize) -> u16 {
         let prompt = self.prompt(name, bytes);
         let mut guard = self.region.lock().unwrap();
@@ -62,6 +80,7 @@ impl Fleet {
             prompt_bytes: prompt.routed_bytes,
             targets: &state.targets,
             index: &state.index,
+            routing_key: self.routing_key,
             now_ns: 0,
             random: &mut state.random,
             turn: &mut self.turn,

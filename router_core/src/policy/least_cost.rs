@@ -13,9 +13,7 @@
 //! Among equal costs the choice is by rendezvous hashing of the first block that nobody holds, so that siblings that come
 //! together meet, and several routers agree without a word.
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
-
-use super::{Choice, Policy};
+use super::{Choice, Policy, rendezvous};
 use crate::target::Targets;
 
 /// Costs that differ by less than this share of the least ...
@@ -106,8 +104,4 @@ fn first_unknown_block(choice: &Choice<'_, '_>) -> u64 {
     let known = choice.matches.holders().map(|(_, found)| found.blocks).max().unwrap_or_default();
     let last = choice.blocks.len().saturating_sub(1);
     choice.blocks.get(last.min(known as usize)).map_or(0, |block| block.key)
-}
-
-fn rendezvous(key: u64, slot: u16) -> u64 {
-    xxh3_64_with_seed(&slot.to_le_bytes(), key)
 }

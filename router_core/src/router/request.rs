@@ -9,6 +9,9 @@ use crate::prompt::{Endpoint, Prompt};
 /// The header by which a client insists on a dp rank.
 const RANK_HEADER: &str = "x-data-parallel-rank";
 
+/// The headers that say what belongs together; the first that is present counts.
+const KEY_HEADERS: [&str; 4] = ["x-smg-routing-key", "x-session-id", "x-user-id", "x-tenant-id"];
+
 /// A request that is being routed.
 pub struct Request {
     router: Arc<Router>,
@@ -16,6 +19,7 @@ pub struct Request {
     prompt: Prompt,
     model_hash: Option<u64>,
     pinned_rank: Option<u16>,
+    routing_key: Option<u64>,
     accepted_ns: u64,
     progress: Mutex<Progress>,
 }
@@ -57,6 +61,7 @@ impl Request {
             endpoint,
             model_hash: prompt.model.as_deref().map(|name| router.names.hash(name)),
             pinned_rank: rank.or_else(|| rank_of_headers(routing_headers)),
+            routing_key: key_of_headers(routing_headers).map(|key| router.names.hash(key)),
             prompt,
             accepted_ns,
             progress: Mutex::default(),
@@ -91,6 +96,11 @@ impl Request {
         self.pinned_rank
     }
 
+    /// Stands for what its client says it belongs to: a session, a user, a tenant.
+    pub(super) fn routing_key(&self) -> Option<u64> {
+        self.routing_key
+    }
+
     pub(super) fn accepted_ns(&self) -> u64 {
         self.accepted_ns
     }
@@ -109,9 +119,16 @@ impl Drop for Request {
 }
 
 fn rank_of_headers(headers: &[u8]) -> Option<u16> {
+    header(headers, RANK_HEADER)?.parse().ok()
+}
+
+fn key_of_headers(headers: &[u8]) -> Option<&str> {
+    KEY_HEADERS.iter().find_map(|name| header(headers, name)).filter(|key| !key.is_empty())
+}
+
+fn header<'h>(headers: &'h [u8], wanted: &str) -> Option<&'h str> {
     let lines = std::str::from_utf8(headers).ok()?.lines();
-    let value = lines.filter_map(|line| line.split_once(':')).find(|(name, _)| *name == RANK_HEADER)?.1;
-    value.trim().parse().ok()
+    lines.filter_map(|line| line.split_once(':')).find(|(name, _)| *name == wanted).map(|(_, value)| value.trim())
 }
 
 #[cfg(test)]
@@ -129,6 +146,20 @@ mod tests {
         ];
         for (headers, expected) in table {
             assert_eq!(rank_of_headers(headers), expected);
+        }
+    }
+
+    #[test]
+    fn the_first_key_header_counts() {
+        let table: [(&[u8], Option<&str>); 5] = [
+            (b"", None),
+            (b"x-user-id: u\r\nx-session-id: s\r\n", Some("s")),
+            (b"x-tenant-id: t\r\n", Some("t")),
+            (b"x-session-id: s\r\nx-smg-routing-key: k\r\n", Some("k")),
+            (b"x-smg-routing-key: \r\n", None),
+        ];
+        for (headers, expected) in table {
+            assert_eq!(key_of_headers(headers), expected);
         }
     }
 }
