@@ -5,6 +5,7 @@ They are rules, not programs: costs of the routers themselves are another bench'
 
 import bisect
 import random
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -17,7 +18,7 @@ Target = tuple[int, int]
 """(worker, rank)"""
 
 
-class Preset:
+class Preset(ABC):
     """What all rules share: who is alive, requests in flight, ties at random."""
 
     def __init__(self, workload: Workload, workers: list[Worker], seed: int) -> None:
@@ -35,8 +36,8 @@ class Preset:
         self.load[target] += 1
         return Placement(*target)
 
-    def choose(self, request: Request, alive: list[Target]) -> Target:
-        raise NotImplementedError
+    @abstractmethod
+    def choose(self, request: Request, alive: list[Target]) -> Target: ...
 
     def least(self, targets: list[Target], cost: Callable[[Target], float]) -> Target:
         costs = [cost(target) for target in targets]
