@@ -8,11 +8,17 @@ from bench.simulator.engine import Worker
 from bench.simulator.presets import PRESETS
 from bench.simulator.report import Row, reachable, row, table
 from bench.simulator.routers import make_router
-from bench.simulator.simulation import Simulation
+from bench.simulator.simulation import Outcome, Simulation
 from bench.simulator.trace import read_trace
 from bench.simulator.workload import Workload
 from bench.simulator.workloads import WORKLOADS
 from warmroute._core import policy_names
+
+
+def run(workload: Workload, router: str, seed: int) -> tuple[Row, Outcome]:
+    workers = [Worker(workload.engine, workload.ranks) for _ in range(workload.workers)]
+    outcome = Simulation(workload, workers, make_router(router, workload, workers, seed)).run()
+    return row(router, workload, outcome), outcome
 
 
 def simulate(workload: Workload, routers: list[str], seed: int) -> list[Row]:
@@ -20,11 +26,10 @@ def simulate(workload: Workload, routers: list[str], seed: int) -> list[Row]:
     rows: list[Row] = []
     limits = (0.0, 0.0)
     for name in routers:
-        workers = [Worker(workload.engine, workload.ranks) for _ in range(workload.workers)]
-        outcome = Simulation(workload, workers, make_router(name, workload, workers, seed)).run()
+        result, outcome = run(workload, name, seed)
         if not rows:
             limits = reachable(workload, outcome.reached)
-        rows.append(row(name, workload, outcome))
+        rows.append(result)
         print(f"{workload.name} {name} done", file=sys.stderr, flush=True)
     print(table(workload, rows, limits), flush=True)
     return rows
