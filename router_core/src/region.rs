@@ -1,31 +1,44 @@
 //! One block of memory that holds every number a decision reads.
 //!
-//! **Owner and mutability.** The region owns the block; [`Region::lock`] lends it out, to one at a time. Everything in it has its
-//! place from the [`Layout`], a function of sizes alone: offsets, no pointers, so that the block can be a mapping that several
-//! processes share. It is anonymous memory of one process for now, and the lock a plain mutex; both change in this file only.
+//! **Owner and mutability.** The region owns the block; [`Region::lock`] lends it out, to one thread of one process at a time.
+//! Everything in it has its place from the [`Layout`], a function of sizes alone: offsets, no pointers, so that several processes
+//! can map it. A process that dies leaves nothing to repair: loads are sums of columns, one per process, that
+//! [`Region::clear_process`] zeroes; index entries are hints that are checked at use.
 //!
 //! ```text
-//! header     8 words: magic, layout hash, words in all, processes, state of the generator
+//! header     8 words: magic, layout hash, words in all, processes, state of the generator, hash seed, process that has the lock
+//! lock       a cache line                                        (region/robust_lock.rs)
 //! models     names as hashes, availability bitsets               (model.rs)
 //! targets    columns [slot], and per process [process][slot]     (target.rs)
 //! index      prefix index                                        (prefix_index.rs)
 //! ```
+#![allow(unsafe_code, reason = "slices of memory that other processes map too")]
 
+mod mapping;
+mod robust_lock;
+
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ptr::NonNull;
+use std::slice;
+use std::time::Duration;
 
 use crate::error::Error;
 use crate::model::{self, Models};
 use crate::prefix_index::{self, PrefixIndex};
 use crate::random::Random;
 use crate::target::{self, Targets};
+use mapping::Mapping;
+use robust_lock::{Locked, RobustLock};
 
 /// Slots of targets. As many as a holder in the prefix index can name.
 pub const MAX_TARGETS: usize = prefix_index::MAX_TARGETS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"warmrout");
 /// Changes with every change of what stands where that sizes do not show.
-const LAYOUT_VERSION: u64 = 1;
+const LAYOUT_VERSION: u64 = 2;
 
 /// A cache line. Sections begin on one: the index counts on it.
 const LINE_WORDS: usize = 8;
@@ -36,6 +49,12 @@ const LAYOUT_WORD: usize = 1;
 const SIZE_WORD: usize = 2;
 const PROCESSES_WORD: usize = 3;
 const RANDOM_WORD: usize = 4;
+const HASH_SEED_WORD: usize = 5;
+/// Which process has the lock, counted from 1; for whoever looks at a region that hangs.
+const HOLDER_WORD: usize = 6;
+
+/// Decisions take microseconds: a lock that is not had by then is somebody's who hangs.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -52,7 +71,7 @@ impl Layout {
     pub fn new(processes: usize, index_memory_bytes: usize) -> Self {
         let index_layout = prefix_index::Layout::new(index_memory_bytes, MAX_TARGETS);
         let section = |start: usize, words: usize| start..start + words;
-        let models = section(HEADER_WORDS, model::WORDS);
+        let models = section(HEADER_WORDS + robust_lock::WORDS, model::WORDS);
         let targets = section(models.end.next_multiple_of(LINE_WORDS), target::words(processes));
         let index = section(targets.end.next_multiple_of(LINE_WORDS), index_layout.words());
         Self { processes, models, targets, index, index_layout }
@@ -76,29 +95,78 @@ pub struct Region {
     layout: Layout,
     /// Which column of the per-process columns is written here.
     process: usize,
-    memory: Mutex<Memory>,
+    lock: RobustLock,
+    memory: Mapping,
 }
 
-struct Memory {
-    words: Vec<u64>,
-    /// Words skipped at the start so that the block begins on a cache line.
-    start: usize,
-}
+// SAFETY: the memory is read and written only through a guard, which has the lock.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
 
 impl Region {
-    /// Anonymous memory: empty, for one process, with the generator at `seed`.
+    /// Memory of this process alone: empty, with the generator at `seed`.
+    ///
+    /// # Panics
+    /// When the system has no memory left, as any allocation.
     pub fn anonymous(index_memory_bytes: usize, seed: u64) -> Self {
         let layout = Layout::new(1, index_memory_bytes);
-        // Zeroed by the kernel, page by page as it is touched.
-        let mut words = vec![0; layout.words() + LINE_WORDS - 1];
-        let start = words.as_ptr().align_offset(LINE_WORDS * size_of::<u64>()).min(LINE_WORDS - 1);
-        let header = &mut words[start..start + HEADER_WORDS];
-        header[MAGIC_WORD] = MAGIC;
-        header[LAYOUT_WORD] = layout.hash();
-        header[SIZE_WORD] = layout.words() as u64;
-        header[PROCESSES_WORD] = layout.processes as u64;
+        let made = Mapping::private(layout.words()).and_then(|memory| Self::format(layout, memory, seed, 0));
+        #[allow(clippy::expect_used, reason = "as an allocation that fails")]
+        made.expect("memory for the region")
+    }
+
+    /// Memory that `processes` processes share: empty, with the generator at `seed`. This one is process 0, the others
+    /// [`Region::attach`] the file, whose descriptor children inherit.
+    ///
+    /// # Errors
+    /// What the system says.
+    #[cfg(target_os = "linux")]
+    pub fn shared(processes: usize, index_memory_bytes: usize, seed: u64, hash_seed: u64) -> io::Result<(Self, File)> {
+        let layout = Layout::new(processes.max(1), index_memory_bytes);
+        let file = Mapping::memory_file(layout.words())?;
+        let memory = Mapping::shared(&file, layout.words())?;
+        Ok((Self::format(layout, memory, seed, hash_seed)?, file))
+    }
+
+    /// The region that another process has made in `file`, as its process `process`.
+    ///
+    /// # Errors
+    /// What the system says; [`io::ErrorKind::InvalidData`] with what differs when it is not such a region.
+    pub fn attach(file: &File, processes: usize, index_memory_bytes: usize, process: usize) -> io::Result<Self> {
+        let invalid = |message: String| io::Error::new(io::ErrorKind::InvalidData, message);
+        if process >= processes {
+            return Err(invalid(format!("process {process} of a region for {processes}")));
+        }
+        let layout = Layout::new(processes, index_memory_bytes);
+        let memory = Mapping::shared(file, layout.words())?;
+        let words = word_at(&memory, HEADER_WORDS);
+        // SAFETY: the lock's words are used by nothing else, and whoever made the file made the lock.
+        let lock = unsafe { RobustLock::attach(words) };
+        let region = Self { layout, process, lock, memory };
+        region.check_header().map_err(invalid)?;
+        Ok(region)
+    }
+
+    fn format(layout: Layout, memory: Mapping, seed: u64, hash_seed: u64) -> io::Result<Self> {
+        // SAFETY: nobody else has the memory yet, and the lock's words are used by nothing else.
+        let lock = unsafe { RobustLock::create(word_at(&memory, HEADER_WORDS)) }?;
+        let region = Self { layout, process: 0, lock, memory };
+        // SAFETY: as above.
+        let header = unsafe { region.words(0..HEADER_WORDS) };
+        header[LAYOUT_WORD] = region.layout.hash();
+        header[SIZE_WORD] = region.layout.words() as u64;
+        header[PROCESSES_WORD] = region.layout.processes as u64;
         header[RANDOM_WORD] = seed;
-        Self { layout, process: 0, memory: Mutex::new(Memory { words, start }) }
+        header[HASH_SEED_WORD] = hash_seed;
+        header[MAGIC_WORD] = MAGIC;
+        Ok(region)
+    }
+
+    /// Of the keys of prompts, as whoever made the region chose it.
+    pub fn hash_seed(&self) -> u64 {
+        // SAFETY: this word is written before anybody else has the region, and never after.
+        unsafe { word_at(&self.memory, HASH_SEED_WORD).read() }
     }
 
     /// The memory, until the guard is dropped.
@@ -106,47 +174,103 @@ impl Region {
     /// # Errors
     /// [`Error::RegionBusy`] when it was not had in time.
     pub fn lock(&self) -> Result<Guard<'_>, Error> {
-        // A holder that died left nothing to repair: loads are sums of columns, index entries are hints.
-        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(Guard { region: self, memory })
-    }
-}
-
-/// The lock, held.
-pub struct Guard<'r> {
-    region: &'r Region,
-    memory: MutexGuard<'r, Memory>,
-}
-
-impl Guard<'_> {
-    /// Views of everything in the region.
-    pub fn state(&mut self) -> State<'_> {
-        let layout = &self.region.layout;
-        let start = self.memory.start;
-        let block = &mut self.memory.words[start..start + layout.words()];
-        let (header, rest) = block.split_at_mut(layout.models.start);
-        let (models, rest) = rest.split_at_mut(layout.targets.start - layout.models.start);
-        let (targets, index) = rest.split_at_mut(layout.index.start - layout.targets.start);
-        State {
-            random: Random(&mut header[RANDOM_WORD]),
-            models: Models::new(models),
-            targets: Targets::new(targets, layout.processes, self.region.process),
-            index: layout.index_layout.attach(index),
+        let locked = self.lock.lock(LOCK_TIMEOUT);
+        if locked == Locked::Busy {
+            return Err(Error::RegionBusy);
         }
+        let mut guard = Guard { region: self, from_the_dead: locked == Locked::FromTheDead, thread: PhantomData };
+        guard.header()[HOLDER_WORD] = self.process as u64 + 1;
+        if guard.from_the_dead {
+            // It may have died between a column and its total.
+            guard.state().targets.recount();
+        }
+        Ok(guard)
+    }
+
+    /// Process `process` is dead, and whatever it had in flight with it.
+    ///
+    /// # Errors
+    /// [`Error::RegionBusy`].
+    pub fn clear_process(&self, process: usize) -> Result<(), Error> {
+        let mut guard = self.lock()?;
+        let mut state = guard.state();
+        state.targets.clear_process(process);
+        state.targets.recount();
+        Ok(())
     }
 
     /// # Errors
     /// Names what of the header is wrong.
     pub fn check_header(&self) -> Result<(), String> {
-        let layout = &self.region.layout;
-        let header = &self.memory.words[self.memory.start..];
+        let layout = &self.layout;
         let expected = [MAGIC, layout.hash(), layout.words() as u64, layout.processes as u64];
-        for (word, (found, expected)) in header.iter().zip(expected).enumerate() {
-            if *found != expected {
+        for (word, expected) in expected.into_iter().enumerate() {
+            // SAFETY: these words are written before anybody else has the region, and never after.
+            let found = unsafe { word_at(&self.memory, word).read() };
+            if found != expected {
                 return Err(format!("header word {word} is {found:#x}, not {expected:#x}"));
             }
         }
         Ok(())
+    }
+
+    /// # Safety
+    /// The caller has the lock, or is the only one who has the region; the range is not the lock's.
+    #[allow(clippy::mut_from_ref, reason = "the lock makes it exclusive")]
+    unsafe fn words(&self, range: Range<usize>) -> &mut [u64] {
+        debug_assert!(range.end <= self.layout.words());
+        // SAFETY: within the mapping, and exclusive by the caller's promise.
+        unsafe { slice::from_raw_parts_mut(self.memory.start().add(range.start), range.len()) }
+    }
+}
+
+fn word_at(memory: &Mapping, word: usize) -> NonNull<u64> {
+    let start = NonNull::new(memory.start()).unwrap_or(NonNull::dangling());
+    // SAFETY: callers name words of the header and the lock, which every mapping has.
+    unsafe { start.add(word) }
+}
+
+/// The lock, held.
+pub struct Guard<'r> {
+    region: &'r Region,
+    from_the_dead: bool,
+    /// Whoever locks unlocks.
+    thread: PhantomData<*const ()>,
+}
+
+impl Guard<'_> {
+    /// Whether the last holder died with the lock: what is derived from other words must be derived again.
+    pub fn from_the_dead(&self) -> bool {
+        self.from_the_dead
+    }
+
+    /// Views of everything in the region.
+    pub fn state(&mut self) -> State<'_> {
+        let layout = &self.region.layout;
+        let process = self.region.process;
+        // SAFETY: the guard has the lock, and the sections do not overlap.
+        let (header, models, targets, index) = unsafe {
+            let words = |range: &Range<usize>| self.region.words(range.clone());
+            (self.region.words(0..HEADER_WORDS), words(&layout.models), words(&layout.targets), words(&layout.index))
+        };
+        State {
+            random: Random(&mut header[RANDOM_WORD]),
+            models: Models::new(models),
+            targets: Targets::new(targets, layout.processes, process),
+            index: layout.index_layout.attach(index),
+        }
+    }
+
+    fn header(&mut self) -> &mut [u64] {
+        // SAFETY: the guard has the lock.
+        unsafe { self.region.words(0..HEADER_WORDS) }
+    }
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.header()[HOLDER_WORD] = 0;
+        self.region.lock.unlock();
     }
 }
 
@@ -181,8 +305,9 @@ mod tests {
         let first = region.lock().unwrap().state().random.draw();
         let mut guard = region.lock().unwrap();
         assert_ne!(guard.state().random.draw(), first);
-        guard.check_header().unwrap();
-        assert!(guard.memory.words[guard.memory.start..].as_ptr().addr().is_multiple_of(64));
+        drop(guard);
+        region.check_header().unwrap();
+        assert!(region.memory.start().addr().is_multiple_of(64));
         for section in [&region.layout.models, &region.layout.targets, &region.layout.index] {
             assert!(section.start.is_multiple_of(LINE_WORDS));
         }

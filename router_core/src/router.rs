@@ -29,7 +29,7 @@ use crate::model::ANY;
 use crate::policy::{self, Candidates, Choice, Policy};
 use crate::prefix_index::Matches;
 use crate::prompt::{BadRequest, Endpoint, PromptReader};
-use crate::region::{MAX_TARGETS, Region, State};
+use crate::region::{Guard, MAX_TARGETS, Region, State};
 use crate::target::Work;
 use names::Names;
 use request::Progress;
@@ -66,12 +66,22 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`] names the setting that cannot be.
     pub fn new(settings: Settings) -> Result<Arc<Self>, Error> {
+        let region = Region::anonymous(settings.index_memory_bytes, settings.seed);
+        Self::on(region, settings)
+    }
+
+    /// A router on a region, which other processes may share; all of them have the same settings. Time must be the same for
+    /// all, too: a clock of the machine.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] names the setting that cannot be.
+    pub fn on(region: Region, settings: Settings) -> Result<Arc<Self>, Error> {
         settings.validate()?;
         let unknown = || Error::Invalid(format!("no policy is called {:?}", settings.policy));
         Ok(Arc::new(Self {
             policy: policy::by_name(&settings.policy, &settings.policy_parameters).ok_or_else(unknown)?,
             reader: PromptReader::new(settings.hash_seed),
-            region: Region::anonymous(settings.index_memory_bytes, settings.seed),
+            region,
             slab: Slab::new(settings.duration_buckets_ns.clone()),
             names: Names::new(settings.hash_seed),
             matches: Mutex::new(Matches::new(MAX_TARGETS)),
@@ -112,7 +122,7 @@ impl Router {
     pub fn select(&self, request: &Arc<Request>, now_ns: u64, allow_failed: bool) -> Result<Option<Lease>, Error> {
         let mut progress = request.progress();
         let mut matches = self.matches.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = guard.state();
 
         self.wake_breakers(&mut state, now_ns);
@@ -151,6 +161,32 @@ impl Router {
         if !std::mem::replace(&mut progress.finished, true) {
             let since = |ns: u64| ns.saturating_sub(request.accepted_ns());
             self.slab.answer(series, status, since(now_ns), first_byte_ns.map(since));
+        }
+    }
+
+    /// Another process on the same region is dead: forget what it had in flight.
+    ///
+    /// # Errors
+    /// [`Error::RegionBusy`].
+    pub fn clear_process(&self, process: usize) -> Result<(), Error> {
+        self.region.clear_process(process)?;
+        let mut guard = self.lock()?;
+        self.refresh_all(&mut guard.state());
+        Ok(())
+    }
+
+    /// The region, to read and write.
+    fn lock(&self) -> Result<Guard<'_>, Error> {
+        let mut guard = self.region.lock()?;
+        if guard.from_the_dead() {
+            self.refresh_all(&mut guard.state());
+        }
+        Ok(guard)
+    }
+
+    fn refresh_all(&self, state: &mut State<'_>) {
+        for head in state.targets.heads().collect::<Vec<_>>() {
+            self.refresh_availability(state, head);
         }
     }
 

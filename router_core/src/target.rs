@@ -134,6 +134,27 @@ impl<'m> Targets<'m> {
         usize::from(slot) < MAX_TARGETS && self.ranks(slot) > 0
     }
 
+    /// Derive the totals from their parts.
+    pub(crate) fn recount(&mut self) {
+        for slot in 0..self.slot_end() as u16 {
+            for (own, total) in SUMS {
+                let sum = (0..self.processes).map(|process| *self.own(own, process, slot)).sum();
+                self.set(total, slot, sum);
+            }
+        }
+    }
+
+    /// Forget what a process has in flight.
+    pub(crate) fn clear_process(&mut self, process: usize) {
+        if process < self.processes {
+            for slot in 0..self.slot_end() as u16 {
+                for (own, _) in SUMS {
+                    *self.own(own, process, slot) = 0;
+                }
+            }
+        }
+    }
+
     /// Slots of all targets.
     pub fn slots(&self) -> impl Iterator<Item = u16> + '_ {
         (0..self.slot_end() as u16).filter(|&slot| self.is_taken(slot))

@@ -103,7 +103,7 @@ impl Router {
         now_ns: u64,
     ) -> Result<Vec<Transition>, Error> {
         let mut progress = request.progress();
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = guard.state();
         // The worker was removed meanwhile, and its load with it: what is in the slot now is another worker's.
         if state.targets.incarnation(terms.slot) != terms.incarnation {

@@ -56,7 +56,7 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`] when no worker has the slot.
     pub fn load(&self, slot: u16) -> Result<u64, Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let targets = guard.state().targets;
         if targets.is_taken(slot) { Ok(targets.load(slot)) } else { Err(no_target(slot)) }
     }
@@ -66,7 +66,7 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`] when no worker has the slot.
     pub fn target(&self, slot: u16) -> Result<TargetView, Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let state = guard.state();
         if state.targets.is_taken(slot) { Ok(self.view(&state, slot)) } else { Err(no_target(slot)) }
     }
@@ -76,7 +76,7 @@ impl Router {
     /// # Errors
     /// [`Error::RegionBusy`].
     pub fn targets(&self) -> Result<Vec<TargetView>, Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let state = guard.state();
         Ok(state.targets.slots().map(|slot| self.view(&state, slot)).collect())
     }
@@ -86,7 +86,7 @@ impl Router {
     /// # Errors
     /// [`Error::RegionBusy`].
     pub fn readiness(&self) -> Result<(usize, usize), Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let state = guard.state();
         let heads = state.targets.heads();
         let count = |(available, all), head| (available + usize::from(self.is_available(&state, head)), all + 1);
@@ -108,8 +108,8 @@ impl Router {
     /// # Errors
     /// Names the first broken invariant.
     pub fn check_integrity(&self) -> Result<(), String> {
-        let mut guard = self.region.lock().map_err(|error| error.to_string())?;
-        guard.check_header()?;
+        self.region.check_header()?;
+        let mut guard = self.lock().map_err(|error| error.to_string())?;
         let state = guard.state();
         state.targets.check_integrity()?;
         state.index.check_integrity()?;

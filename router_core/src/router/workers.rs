@@ -18,7 +18,7 @@ impl Router {
             return Err(Error::Invalid(format!("a worker has 1 to {MAX_TARGETS} dp ranks, not {ranks}")));
         }
         let hashes = self.model_hashes(models)?;
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = guard.state();
         let served = state.models.serve(&hashes).ok_or(Error::Full("place for another model"))?;
         let Some(head) = state.targets.claim(ranks as u16) else {
@@ -40,7 +40,7 @@ impl Router {
     /// [`Error::Full`], [`Error::Invalid`].
     pub fn update_worker(&self, head: u16, models: &[String], kv_capacity_tokens: u64) -> Result<(), Error> {
         let hashes = self.model_hashes(models)?;
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = state_with_worker(&mut guard, head)?;
         let served = state.models.serve(&hashes).ok_or(Error::Full("place for another model"))?;
         withdraw_models(&mut state, head);
@@ -54,7 +54,7 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`].
     pub fn restart_worker(&self, head: u16) -> Result<(), Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = state_with_worker(&mut guard, head)?;
         for slot in state.targets.slots_of(head) {
             state.index.forget_target(slot);
@@ -67,7 +67,7 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`].
     pub fn drain_worker(&self, head: u16) -> Result<(), Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = state_with_worker(&mut guard, head)?;
         state.targets.set(Field::Draining, head, 1);
         self.refresh_availability(&mut state, head);
@@ -79,7 +79,7 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`].
     pub fn remove_worker(&self, head: u16) -> Result<(), Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = state_with_worker(&mut guard, head)?;
         withdraw_models(&mut state, head);
         for slot in state.targets.slots_of(head) {
@@ -94,7 +94,7 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`].
     pub fn observe_probe(&self, head: u16, ok: bool) -> Result<Vec<Transition>, Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = state_with_worker(&mut guard, head)?;
         let targets = &mut state.targets;
         let (health, breaker) = (targets.health(head), targets.breaker(head));
@@ -115,7 +115,7 @@ impl Router {
     /// # Errors
     /// [`Error::RegionBusy`].
     pub fn take_probe_requests(&self) -> Result<Vec<u16>, Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let targets = &mut guard.state().targets;
         let wanted: Vec<u16> = targets.heads().filter(|&head| targets.get(Field::ProbeWanted, head) != 0).collect();
         for &head in &wanted {
@@ -130,7 +130,7 @@ impl Router {
     /// # Errors
     /// [`Error::RegionBusy`].
     pub fn evict(&self, now_ns: u64, max_buckets: usize) -> Result<usize, Error> {
-        let mut guard = self.region.lock()?;
+        let mut guard = self.lock()?;
         let mut state = guard.state();
         if state.targets.take_eviction(now_ns, self.settings.eviction_interval_ns) {
             for slot in state.targets.slots() {

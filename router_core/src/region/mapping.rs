@@ -1,0 +1,42 @@
+//! The memory itself: zeroed words, of one process or shared through a file.
+
+use std::fs::File;
+use std::io;
+
+use memmap2::{MmapOptions, MmapRaw};
+
+const WORD_BYTES: usize = size_of::<u64>();
+
+/// Words that begin on a page. Pages come from the kernel as they are touched.
+pub(super) struct Mapping(MmapRaw);
+
+impl Mapping {
+    /// Of this process alone.
+    pub(super) fn private(words: usize) -> io::Result<Self> {
+        Ok(Self(MmapOptions::new().len(words * WORD_BYTES).map_anon()?.into()))
+    }
+
+    /// Of whoever maps the same file, which must have the size of `words`.
+    pub(super) fn shared(file: &File, words: usize) -> io::Result<Self> {
+        let bytes = (words * WORD_BYTES) as u64;
+        let found = file.metadata()?.len();
+        if found != bytes {
+            let message = format!("the region has {found} bytes, not {bytes}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
+        Ok(Self(MmapOptions::new().len(words * WORD_BYTES).map_raw(file)?))
+    }
+
+    /// A file without a name for [`Mapping::shared`]; gone when nobody has it open or mapped any more.
+    #[cfg(target_os = "linux")]
+    pub(super) fn memory_file(words: usize) -> io::Result<File> {
+        // Inherited by children on purpose: the descriptor is how they get the region.
+        let file = File::from(rustix::fs::memfd_create("warmroute-region", rustix::fs::MemfdFlags::empty())?);
+        file.set_len((words * WORD_BYTES) as u64)?;
+        Ok(file)
+    }
+
+    pub(super) fn start(&self) -> *mut u64 {
+        self.0.as_mut_ptr().cast()
+    }
+}
