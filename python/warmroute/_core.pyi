@@ -202,6 +202,7 @@ class Core:
         cls,
         *,
         policy: str,
+        shadow_policy: str | None,
         cache_threshold: float,
         balance_abs_threshold: int,
         balance_rel_threshold: float,
@@ -232,6 +233,15 @@ class Core:
         """Choose a target, raise its load, stamp the prefix. None: nobody is available.
 
         Workers that failed this request are left out unless `allow_failed`. Raises UnknownModel, RegionBusy.
+        """
+
+    def explain(
+        self, path: bytes, routing_headers: bytes, body: bytes, now_ns: int, /
+    ) -> tuple[int | None, str, int, tuple[tuple[int, int, int, int, float | None], ...]]:
+        """(slot that would be chosen now, which rule chooses it, bytes of the prompt, candidates). Has no effect.
+
+        A candidate: (slot, bytes of the prompt that it holds, requests in flight, outstanding tokens, seconds that
+        the request would cost there, of policies that weigh costs). Raises ValueError, UnknownModel, RegionBusy.
         """
 
     # -- workers
@@ -265,6 +275,8 @@ class Core:
     def readiness(self) -> tuple[int, int]:
         """(workers available, workers registered)"""
     def series(self) -> list[RequestSeries]: ...
+    def shadow_decisions(self) -> tuple[int, int]:
+        """Selects in which the shadow policy chose (the same target, another one)."""
     def check_integrity(self) -> None:
         """Raises AssertionError naming the first broken invariant."""
 

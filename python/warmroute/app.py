@@ -20,7 +20,7 @@ import uvloop
 
 from warmroute._core import Core
 from warmroute.command_line import Settings
-from warmroute.config import RouterConfig
+from warmroute.config import RouterConfig, indexed_text_bytes
 from warmroute.control.control_plane import ControlPlane
 from warmroute.dataplane import DataPlane
 from warmroute.directory import Directory
@@ -133,6 +133,7 @@ def build_core(config: RouterConfig) -> Core:
     assert config.hash_seed is not None
     return Core(
         policy=config.policy,
+        shadow_policy=config.shadow_policy,
         cache_threshold=config.cache_threshold,
         balance_abs_threshold=config.balance_abs_threshold,
         balance_rel_threshold=config.balance_rel_threshold,
@@ -227,8 +228,9 @@ def _log_start(config: RouterConfig, sockets: Sequence[socket.socket]) -> None:
     log.info("listening on %s; policy %s; workers: %s", shown, config.policy, workers)
     log.info("metrics on http://%s:%d/metrics", config.prometheus_host, config.prometheus_port)
     log.info(
-        "prefix index: %.0f MiB for all workers, at most %d characters each",
+        "prefix index: %.0f MiB know about %d MB of distinct prompts; at most %d characters are credited to one worker",
         config.index_memory / (1 << 20),
+        indexed_text_bytes(config.index_memory) // 1_000_000,
         config.max_tree_size,
     )
 

@@ -78,8 +78,9 @@ def add_router_flags(parser: argparse.ArgumentParser, prefix: str = "", skip: Se
         if shown not in (None, ""):
             text += f" (default: {shown})"
         options: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS, "help": text}
-        if get_origin(hint) is Literal:
-            options["choices"] = get_args(hint)
+        choices = next((one for one in (hint, *get_args(hint)) if get_origin(one) is Literal), None)
+        if choices is not None:
+            options["choices"] = get_args(choices)
         else:
             options |= {"type": _scalar(hint), "metavar": field.metadata["unit"]}
         if get_origin(hint) is tuple:

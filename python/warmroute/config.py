@@ -18,6 +18,14 @@ LogLevel = Literal["debug", "info", "warn", "error"]
 MIB: Final = 1 << 20
 
 
+TEXT_PER_INDEX_BYTE: Final = 10
+
+
+def indexed_text_bytes(index_memory: int) -> int:
+    """How much distinct prompt text an index of that size knows, with prompts of 4 KB; about twice that at 32 KB."""
+    return index_memory * TEXT_PER_INDEX_BYTE
+
+
 class ConfigError(ValueError):
     """A value that cannot be meant. The message names the field and the value and says what would be right."""
 
@@ -56,6 +64,9 @@ class RouterConfig:
 
     # -- policy
     policy: Policy = _flag("cache_aware", "how a worker is chosen")  # noqa: RUF009 (field(), as its neighbours)
+    shadow_policy: Policy | None = _flag(  # noqa: RUF009
+        None, "a policy that decides every request once more, without effect; its agreement is a metric"
+    )
     cache_threshold: float = _flag(
         0.5, "cache_aware: follow a prefix match longer than this share of the prompt", "SHARE"
     )
@@ -65,8 +76,8 @@ class RouterConfig:
     balance_rel_threshold: float = _flag(1.5, "... and max exceeds min times this", "FACTOR")
     eviction_interval_secs: float = _flag(120.0, "seconds in which the whole prefix index is swept once", "SECONDS")
     max_tree_size: int = _flag(1 << 26, "most characters of prompt the index credits one worker with", "CHARACTERS")
-    # 4 million entries of 16 bytes, each for a block of 128..512 characters: about a gigabyte of distinct prompts.
-    index_memory: int = _flag(64 * MIB, "bytes of memory for the prefix index of all workers", "BYTES")
+    # A million entries of 16 bytes, each for a block of 128..512 characters.
+    index_memory: int = _flag(16 * MIB, "bytes of memory for the prefix index of all workers", "BYTES")
     strict_model: bool = _flag(False, "answer 404 to an unknown model even when only one model is served")
     seed: int | None = _flag(None, "seed of every random choice, for reproducible runs", "INTEGER")
     # Whoever knows it can make prompts that collide.
@@ -152,6 +163,8 @@ def _check_listening(config: RouterConfig) -> None:
 
 def _check_policy(config: RouterConfig) -> None:
     _require_choice(config, "policy", Policy)
+    if config.shadow_policy is not None:
+        _require_choice(config, "shadow_policy", Policy)
     _require(config, "cache_threshold", 0 <= config.cache_threshold <= 1, "must be between 0 and 1")
     _require(config, "balance_abs_threshold", config.balance_abs_threshold >= 0, "must be 0 or more")
     finite = config.balance_rel_threshold < float("inf")

@@ -113,6 +113,10 @@ impl<'m> Models<'m> {
     pub(crate) fn turn(&mut self, model: usize) -> &mut u64 {
         &mut self.words[TURNS + model]
     }
+
+    pub(crate) fn turn_of(&self, model: usize) -> u64 {
+        self.words[TURNS + model]
+    }
 }
 
 /// The numbers of the bits set in `mask`, from the lowest.

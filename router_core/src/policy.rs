@@ -26,6 +26,14 @@ use crate::target::Targets;
 pub trait Policy: Send + Sync {
     /// One of the candidates, of which there is at least one.
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16;
+
+    /// Which rule picked it, for people; asked after `pick`, and only when somebody wants to know.
+    fn reason(&self, choice: &Choice<'_, '_>, picked: u16) -> &'static str;
+
+    /// What the request would cost at a candidate, of policies that weigh costs.
+    fn cost_seconds(&self, _choice: &Choice<'_, '_>, _slot: u16) -> Option<f64> {
+        None
+    }
 }
 
 /// What policies can be told. Each reads what it has a use for.

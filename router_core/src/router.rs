@@ -9,6 +9,7 @@
 //! release  load down, machines, claim, learning           the region's lock
 //! ```
 
+mod explain;
 mod lease;
 mod names;
 mod request;
@@ -16,6 +17,7 @@ mod settings;
 mod views;
 mod workers;
 
+pub use explain::{CandidateView, Explanation};
 pub use lease::Lease;
 pub use request::Request;
 pub use settings::Settings;
@@ -31,6 +33,7 @@ use crate::prefix_index::Matches;
 use crate::prompt::{BadRequest, Endpoint, PromptReader};
 use crate::region::{Guard, MAX_TARGETS, Region, State};
 use crate::target::Work;
+use explain::Shadow;
 use names::Names;
 use request::Progress;
 
@@ -53,6 +56,7 @@ pub struct Transition {
 pub struct Router {
     settings: Settings,
     policy: Box<dyn Policy>,
+    shadow: Option<Shadow>,
     reader: PromptReader,
     region: Region,
     slab: Slab,
@@ -77,9 +81,13 @@ impl Router {
     /// [`Error::Invalid`] names the setting that cannot be.
     pub fn on(region: Region, settings: Settings) -> Result<Arc<Self>, Error> {
         settings.validate()?;
-        let unknown = || Error::Invalid(format!("no policy is called {:?}", settings.policy));
+        let policy = |name: &String| {
+            let unknown = || Error::Invalid(format!("no policy is called {name:?}"));
+            policy::by_name(name, &settings.policy_parameters).ok_or_else(unknown)
+        };
         Ok(Arc::new(Self {
-            policy: policy::by_name(&settings.policy, &settings.policy_parameters).ok_or_else(unknown)?,
+            policy: policy(&settings.policy)?,
+            shadow: settings.shadow_policy.as_ref().map(policy).transpose()?.map(Shadow::new),
             reader: PromptReader::new(settings.hash_seed),
             region,
             slab: Slab::new(settings.duration_buckets_ns.clone()),
@@ -133,6 +141,12 @@ impl Router {
             return Ok(None);
         }
         state.index.lookup(&request.prompt().blocks, &mut matches);
+        let shadows_pick = self.shadow.as_ref().map(|shadow| {
+            let mut picked = 0;
+            let look = |choice: &mut Choice<'_, '_>| picked = shadow.policy.pick(choice);
+            explain::watch(&state, model, request, &candidates, &matches, now_ns, look);
+            (shadow, picked)
+        });
         let slot = self.policy.pick(&mut Choice {
             candidates: &candidates,
             blocks: &request.prompt().blocks,
@@ -145,6 +159,9 @@ impl Router {
             random: &mut state.random,
             turn: state.models.turn(model),
         });
+        if let Some((shadow, picked)) = shadows_pick {
+            shadow.observe(picked == slot);
+        }
         let series = progress.settle(request, label(&state, model, Some(slot)));
         self.slab.attempt(series, progress.attempts > 0);
         self.slab.count(slot, state.targets.incarnation(slot), TargetCounter::Selections, 1);

@@ -16,6 +16,7 @@ MODEL = "llama"
 def core(workers: int = 0, **changed: Any) -> Core:
     settings: dict[str, Any] = {
         "policy": "cache_aware",
+        "shadow_policy": None,
         "cache_threshold": 0.5,
         "balance_abs_threshold": 32,
         "balance_rel_threshold": 1.5,

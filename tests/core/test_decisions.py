@@ -81,3 +81,32 @@ def test_a_busy_fleet_gets_even_shares() -> None:
     for lease in leases:
         release(lease)
     assert [made.load(slot) for slot in range(4)] == [0] * 4
+
+
+def test_a_shadow_policy_is_watched_and_changes_nothing() -> None:
+    def run(shadow_policy: str | None) -> tuple[list[int], tuple[int, int]]:
+        made = core(4, shadow_policy=shadow_policy, policy="random")
+        slots = [route(made, chat(f"prompt {number % 8} " * 40)) for number in range(64)]
+        return slots, made.shadow_decisions()
+
+    alone, watched, itself = run(None), run("cache_aware"), run("random")
+    assert alone[0] == watched[0] == itself[0]
+    assert alone[1] == (0, 0)
+    assert sum(watched[1]) == 64
+    assert 0 < watched[1][0] < 64
+    assert itself[1] == (64, 0)
+
+
+def test_a_decision_says_why() -> None:
+    made = core(3)
+    body = chat("What is a cache? " * 50)
+    explained = made.explain(b"/v1/chat/completions", b"", body, NOW)
+    assert explained[1] == "nobody holds enough: most room among short queues"
+    holder = route(made, body)
+    chosen, reason, prompt_bytes, candidates = made.explain(b"/v1/chat/completions", b"", body, NOW)
+    assert (chosen, reason) == (holder, "holds most of the prompt")
+    assert [slot for slot, *_ in candidates] == [0, 1, 2]
+    assert [held for _, held, *_ in candidates] == [prompt_bytes if slot == holder else 0 for slot in range(3)]
+    assert {cost for *_, cost in candidates} == {None}
+    assert made.explain(b"/v1/chat/completions", b"", chat("x"), NOW)[0] is not None
+    assert core(0).explain(b"/v1/chat/completions", b"", chat("x"), NOW)[:2] == (None, "nobody is available")

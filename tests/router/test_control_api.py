@@ -303,3 +303,26 @@ class _Recorder:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
         await writer.drain()
         writer.close()
+
+
+async def test_why_a_request_would_go_where() -> None:
+    async with running_control(policy="least_cost") as control, FakeWorker(models=("m",), dp_size=2) as worker:
+        await control.reaches(await control.register(worker.url), "ready")
+        body = {"model": "m", "messages": [{"role": "user", "content": "x" * 4_000}]}
+        before = [target.selections for target in control.core.targets()]
+        answer = (await control.http.post("/debug/route", json=body)).json()
+        assert answer["policy"] == "least_cost"
+        assert answer["reason"] == "least cost"
+        assert answer["chosen"]["url"] == worker.url
+        assert [candidate["dp_rank"] for candidate in answer["candidates"]] == [0, 1]
+        assert all(candidate["cost_seconds"] > 0 for candidate in answer["candidates"])
+        assert [target.selections for target in control.core.targets()] == before
+        assert control.core.series() == []
+        pinned = await control.http.post("/debug/route", json=body, headers={"X-Data-Parallel-Rank": "1"})
+        assert [candidate["dp_rank"] for candidate in pinned.json()["candidates"]] == [1]
+        for path, content, status in [
+            ("/debug/route", b"{", 400),
+            ("/debug/route?path=/v1/models", b"{}", 400),
+            ("/debug/route", b'{"model":"other","messages":[{"role":"user","content":"x"}]}', 200),
+        ]:
+            assert (await control.http.post(path, content=content)).status_code == status

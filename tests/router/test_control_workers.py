@@ -1,5 +1,7 @@
 """The registry with a real core: no sockets, time passed in."""
 
+from dataclasses import replace
+
 import pytest
 
 from warmroute._core import Core, Lease, OutcomeKind
@@ -19,7 +21,7 @@ class Fleet:
     def __init__(self) -> None:
         self.core: Core = build_core(RouterConfig(seed=1, hash_seed=2))
         self.directory = Directory()
-        self.registry = Registry(self.core, self.directory, DRAIN_NS)
+        self.registry = Registry(self.core, self.directory, DRAIN_NS, indexed_bytes=1_000_000)
 
     def ready(self, url: str, facts: WorkerFacts = FACTS) -> Worker:
         worker = self.registry.add(WorkerSpec(url), now_ns=0, unix_ms=1)
@@ -149,3 +151,11 @@ def test_two_thousand_registrations_leave_nothing() -> None:
     assert fleet.core.targets() == []
     assert fleet.directory.models() == []
     fleet.core.check_integrity()
+
+
+def test_an_index_that_is_too_small_for_the_fleet_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = Fleet()
+    worker = fleet.ready("http://w:1", replace(FACTS, kv_capacity_tokens=100_000))
+    assert "raise --index-memory" not in caplog.text
+    fleet.registry.identified(worker, replace(FACTS, kv_capacity_tokens=150_000), SECOND)
+    assert "hold about 1 MB of text, the prefix index knows 1 MB: raise --index-memory" in caplog.text

@@ -80,7 +80,7 @@ async def test_start_says_what_it_does_and_sigterm_ends_it(tmp_path: Path) -> No
         assert (await router.http.post("/v1/chat/completions", json=CHAT)).status_code == 200
         assert "http://127.0.0.1:" in router.log
         assert f"policy cache_aware; workers: {worker.url}" in router.log
-        assert "prefix index: 64 MiB" in router.log
+        assert "prefix index: 16 MiB know about 167 MB" in router.log
         config = (await router.http.get("/config")).json()
         assert config["seed"] == {"value": 7, "origin": "command line"}
         assert config["hash_seed"] == {"value": "***", "origin": "drawn at start"}

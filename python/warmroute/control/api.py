@@ -8,6 +8,7 @@ from warmroute import router_health
 from warmroute._core import Core
 from warmroute.command_line import Settings
 from warmroute.control.answers import json_errors_and_counts, method_not_allowed
+from warmroute.control.debug_api import DebugApi
 from warmroute.control.fleet_api import FleetApi
 from warmroute.control.worker_api import WorkerApi
 from warmroute.http_counts import HttpCounts
@@ -23,6 +24,7 @@ def control_app(
     metrics: CollectorRegistry,
     worker_api: WorkerApi,
     fleet_api: FleetApi,
+    debug_api: DebugApi,
 ) -> web.Application:
     async def health(request: web.Request) -> web.Response:
         status, content_type, body = router_health.liveness()
@@ -49,6 +51,7 @@ def control_app(
             *metrics_routes(metrics),
             *worker_api.routes(),
             *fleet_api.routes(),
+            *debug_api.routes(),
             *(web.route("*", path, routed_path) for path in ROUTED_PATHS),
         ]
     )

@@ -12,7 +12,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from warmroute._core import Core
 from warmroute.command_line import Settings
+from warmroute.config import indexed_text_bytes
 from warmroute.control.api import control_app, metrics_app
+from warmroute.control.debug_api import DebugApi
 from warmroute.control.fleet_api import FleetApi
 from warmroute.control.metrics import RouterCollector
 from warmroute.control.probe_schedule import ProbeIntervals, ProbeSchedule
@@ -49,7 +51,8 @@ class ControlPlane:
         self._client = WorkerClient(config.health_check_timeout_secs)
         intervals = ProbeIntervals.of(config.health_check_interval_secs, config.worker_startup_check_interval)
         schedule = ProbeSchedule(intervals, random.Random(config.seed))
-        self.registry = Registry(core, directory, drain_ns=int(config.shutdown_grace_period_secs * 1e9))
+        drain_ns = int(config.shutdown_grace_period_secs * 1e9)
+        self.registry = Registry(core, directory, drain_ns, indexed_text_bytes(config.index_memory))
         self._prober = Prober(config, core, self.registry, self._client, schedule, monotonic_ns, self._wake.set)
         self.metrics = CollectorRegistry(auto_describe=False)
         self.metrics.register(
@@ -59,8 +62,9 @@ class ControlPlane:
         )
         ProcessCollector(registry=self.metrics)
         worker_api = WorkerApi(self.registry, self._prober, monotonic_ns)
+        debug_api = DebugApi(core, self.registry, config.policy, monotonic_ns)
         fleet_api = FleetApi(self.registry, self._client, monotonic_ns)
-        app = control_app(settings, core, counts, self.metrics, worker_api, fleet_api)
+        app = control_app(settings, core, counts, self.metrics, worker_api, fleet_api, debug_api)
         self._runner = web.AppRunner(
             app,
             access_log=None,

@@ -62,6 +62,7 @@ class RouterCollector(Collector):
         series = self._core.series()
         yield from self._requests(series)
         yield from self._http(series)
+        yield self._shadow()
         yield self._durations(
             "smg_router_request_duration_seconds",
             "From the request's arrival to the end of its response",
@@ -117,6 +118,17 @@ class RouterCollector(Collector):
         for endpoint, count in retried.items():
             retries.add_metric(("regular", endpoint), count)
         yield from (requests, errors, attempts, retries)
+
+    def _shadow(self) -> Metric:
+        agreed, differed = self._core.shadow_decisions()
+        decisions = CounterMetricFamily(
+            "warmroute_shadow_decisions",
+            "Selects in which the shadow policy chose the same target, or another one",
+            labels=("agrees",),
+        )
+        decisions.add_metric(("true",), agreed)
+        decisions.add_metric(("false",), differed)
+        return decisions
 
     def _http(self, series: Iterable[RequestSeries]) -> Iterator[Metric]:
         """Routed requests as the core counted them, the others as whoever answered them did."""

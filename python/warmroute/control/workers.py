@@ -19,6 +19,9 @@ from warmroute.directory import Directory, WorkerAddress
 
 log = logging.getLogger(__name__)
 
+BYTES_PER_TOKEN = 4
+"""Of English text, about."""
+
 Status = Literal["pending", "ready", "not_ready", "failed", "draining"]
 
 
@@ -64,11 +67,13 @@ class Worker:
 
 
 class Registry:
-    def __init__(self, core: Core, directory: Directory, drain_ns: int) -> None:
-        """`drain_ns`: how long a worker that was told to go may finish its requests."""
+    def __init__(self, core: Core, directory: Directory, drain_ns: int, indexed_bytes: int) -> None:
+        """`drain_ns`: how long a worker that was told to go may finish its requests. `indexed_bytes`: of text, for
+        which the prefix index has room."""
         self._core = core
         self._directory = directory
         self._drain_ns = drain_ns
+        self._indexed_bytes = indexed_bytes
         self._workers: dict[str, Worker] = {}
         self.retired_selections: dict[str, int] = {}
         """Model -> selections of workers that are gone, so that sums over the fleet never fall."""
@@ -154,8 +159,21 @@ class Registry:
                 facts.dp_size,
                 facts.kv_capacity_tokens,
             )
-        worker.facts = facts
+        if facts != worker.facts:
+            worker.facts = facts
+            self._warn_of_a_small_index()
         worker.lost = False
+
+    def _warn_of_a_small_index(self) -> None:
+        """What the workers can hold and the index cannot name will not be found again."""
+        known = [worker.facts for worker in self if worker.facts is not None]
+        held = sum(facts.kv_capacity_tokens * facts.dp_size for facts in known) * BYTES_PER_TOKEN
+        if held > self._indexed_bytes:
+            log.warning(
+                "the workers' caches hold about %d MB of text, the prefix index knows %d MB: raise --index-memory",
+                held // 1_000_000,
+                self._indexed_bytes // 1_000_000,
+            )
 
     def forget_cache(self, worker: Worker, now_ns: int) -> None:
         """It restarted or was flushed."""

@@ -15,6 +15,18 @@ impl CacheAware {
 }
 
 impl Policy for CacheAware {
+    fn reason(&self, choice: &Choice<'_, '_>, picked: u16) -> &'static str {
+        let (shortest, longest) = queues(choice);
+        let held = f64::from(choice.matches.of(picked).bytes);
+        let enough = held > f64::from(choice.prompt_bytes) * self.cache_threshold;
+        match (self.balance.is_lost(shortest, longest), enough) {
+            (false, true) => "holds most of the prompt",
+            (true, true) => "loads out of balance: holds the prompt among short queues",
+            (true, false) => "loads out of balance: short queue",
+            (false, false) => "nobody holds enough: most room among short queues",
+        }
+    }
+
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
         let candidates = choice.candidates;
         let (shortest, longest) = queues(choice);

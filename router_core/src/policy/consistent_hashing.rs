@@ -12,6 +12,10 @@ const LOAD_FACTOR: f64 = 1.25;
 pub(super) struct ConsistentHashing;
 
 impl Policy for ConsistentHashing {
+    fn reason(&self, choice: &Choice<'_, '_>, _picked: u16) -> &'static str {
+        if choice.routing_key.is_some() { "the client's key" } else { "the beginning of the prompt" }
+    }
+
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
         let key = choice.routing_key.or_else(|| choice.blocks.first().map(|block| block.key)).unwrap_or_default();
         let load = |slot: u16| choice.targets.load(slot);

@@ -27,6 +27,16 @@ const EVICTED_VALUE: f64 = 0.5;
 pub(super) struct LeastCost;
 
 impl Policy for LeastCost {
+    fn reason(&self, _choice: &Choice<'_, '_>, _picked: u16) -> &'static str {
+        "least cost"
+    }
+
+    fn cost_seconds(&self, choice: &Choice<'_, '_>, slot: u16) -> Option<f64> {
+        let mut group = Group::default();
+        group.enter(choice, slot);
+        Some(group.cost(choice, slot))
+    }
+
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
         let mut group = Group::default();
         let costs: Vec<(u16, f64)> = choice

@@ -5,6 +5,10 @@ use super::{Choice, Policy};
 pub(super) struct LeastLoad;
 
 impl Policy for LeastLoad {
+    fn reason(&self, _choice: &Choice<'_, '_>, _picked: u16) -> &'static str {
+        "fewest requests in flight"
+    }
+
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
         let candidates = choice.candidates;
         choice.least(candidates.iter(), |choice, slot| choice.targets.load(slot)).unwrap_or_default()

@@ -5,6 +5,10 @@ use super::{Choice, Policy};
 pub(super) struct PowerOfTwo;
 
 impl Policy for PowerOfTwo {
+    fn reason(&self, _choice: &Choice<'_, '_>, _picked: u16) -> &'static str {
+        "less to do than another one drawn by chance"
+    }
+
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
         let count = choice.candidates.count();
         let first = choice.random.below(count);

@@ -5,6 +5,10 @@ use super::{Choice, Policy};
 pub(super) struct Uniform;
 
 impl Policy for Uniform {
+    fn reason(&self, _choice: &Choice<'_, '_>, _picked: u16) -> &'static str {
+        "chance"
+    }
+
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
         let drawn = choice.random.below(choice.candidates.count());
         choice.candidates.nth(drawn).unwrap_or_default()

@@ -6,6 +6,10 @@ use super::{Choice, Policy};
 pub(super) struct RoundRobin;
 
 impl Policy for RoundRobin {
+    fn reason(&self, _choice: &Choice<'_, '_>, _picked: u16) -> &'static str {
+        "its turn"
+    }
+
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
         let candidates = choice.candidates;
         let next = candidates.from(*choice.turn as u16).next();

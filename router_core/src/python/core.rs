@@ -10,7 +10,7 @@ use super::request::{Lease, RoutedRequest};
 use super::views::{RequestSeries, TargetInfo, Transition};
 use crate::policy::{self, Balance, Parameters};
 use crate::prompt::Endpoint;
-use crate::router::{Router, Settings};
+use crate::router::{CandidateView, Router, Settings};
 use crate::{breaker, health};
 
 /// All state that a decision reads, and the decisions.
@@ -23,6 +23,7 @@ impl Core {
     #[pyo3(signature = (
         *,
         policy,
+        shadow_policy,
         cache_threshold,
         balance_abs_threshold,
         balance_rel_threshold,
@@ -44,6 +45,7 @@ impl Core {
     #[allow(clippy::too_many_arguments)]
     fn new(
         policy: String,
+        shadow_policy: Option<String>,
         cache_threshold: f64,
         balance_abs_threshold: u64,
         balance_rel_threshold: f64,
@@ -65,6 +67,7 @@ impl Core {
         let balance = Balance { absolute: balance_abs_threshold, relative: balance_rel_threshold };
         let settings = Settings {
             policy,
+            shadow_policy,
             policy_parameters: Parameters { cache_threshold, balance },
             max_tree_size,
             eviction_interval_ns,
@@ -97,6 +100,24 @@ impl Core {
     #[pyo3(signature = (request, now_ns, allow_failed, /))]
     fn select(&self, request: &RoutedRequest, now_ns: u64, allow_failed: bool) -> PyResult<Option<Lease>> {
         Ok(self.0.select(&request.0, now_ns, allow_failed)?.map(Lease))
+    }
+
+    #[pyo3(signature = (path, routing_headers, body, now_ns, /))]
+    fn explain<'py>(
+        &self,
+        py: Python<'py>,
+        path: &[u8],
+        routing_headers: &[u8],
+        body: &[u8],
+        now_ns: u64,
+    ) -> PyResult<(Option<u16>, &'static str, u32, Bound<'py, PyTuple>)> {
+        let unrouted = || PyValueError::new_err("not a routed path");
+        let endpoint = Endpoint::from_path(path).ok_or_else(unrouted)?;
+        let explained = self.0.explain(endpoint, routing_headers, body, now_ns)?;
+        let row =
+            |seen: CandidateView| (seen.slot, seen.match_bytes, seen.load, seen.outstanding_tokens, seen.cost_seconds);
+        let candidates = PyTuple::new(py, explained.candidates.into_iter().map(row))?;
+        Ok((explained.chosen, explained.reason, explained.prompt_bytes, candidates))
     }
 
     // -- workers
@@ -172,6 +193,10 @@ impl Core {
 
     fn series(&self) -> Vec<RequestSeries> {
         self.0.series().into_iter().map(RequestSeries).collect()
+    }
+
+    fn shadow_decisions(&self) -> (u64, u64) {
+        self.0.shadow_decisions()
     }
 
     fn check_integrity(&self) -> PyResult<()> {

@@ -32,6 +32,8 @@ pub(super) struct Progress {
     /// Leases so far.
     pub(super) attempts: u32,
     pub(super) finished: bool,
+    /// Nobody asked it: it is only looked at, and not counted.
+    pub(super) hypothetical: bool,
     series: Option<Series>,
 }
 
@@ -114,7 +116,9 @@ impl Drop for Request {
     /// Given up before it was finished: it was accepted all the same.
     fn drop(&mut self) {
         let mut progress = std::mem::take(&mut *self.progress());
-        progress.settle(self, None);
+        if !progress.hypothetical {
+            progress.settle(self, None);
+        }
     }
 }
 

@@ -13,7 +13,9 @@ const MAX_BREAKER_FAILURES: u32 = u16::MAX as u32;
 pub struct Settings {
     /// One of [`policy::names`].
     pub policy: String,
-    /// For the policy.
+    /// Another of them, which decides everything once more without effect.
+    pub shadow_policy: Option<String>,
+    /// For the policies.
     pub policy_parameters: policy::Parameters,
     /// Bytes of prompt text that a target is credited with after an eviction.
     pub max_tree_size: u64,

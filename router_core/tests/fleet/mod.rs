@@ -18,6 +18,7 @@ pub const SECOND: u64 = 1_000_000_000;
 pub fn settings() -> Settings {
     Settings {
         policy: "cache_aware".to_owned(),
+        shadow_policy: None,
         policy_parameters: Parameters { cache_threshold: 0.5, balance: Balance { absolute: 32, relative: 1.5 } },
         max_tree_size: 1 << 26,
         eviction_interval_ns: 120 * SECOND,

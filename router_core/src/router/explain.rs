@@ -1,0 +1,136 @@
+//! A decision that is not acted on: for people who ask why, and for a second policy that is only watched.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::request::Request;
+use super::{Router, candidates};
+use crate::error::Error;
+use crate::model::ANY;
+use crate::policy::{Candidates, Choice, Policy};
+use crate::prefix_index::Matches;
+use crate::prompt::Endpoint;
+use crate::random::Random;
+use crate::region::{MAX_TARGETS, State};
+
+/// What was known of one candidate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CandidateView {
+    /// The target.
+    pub slot: u16,
+    /// Bytes of the prompt that it is taken to hold.
+    pub match_bytes: u32,
+    /// Requests in flight.
+    pub load: u64,
+    /// Predicted uncached prompt tokens of those.
+    pub outstanding_tokens: u64,
+    /// In seconds, of policies that know one.
+    pub cost_seconds: Option<f64>,
+}
+
+/// What would be decided now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Explanation {
+    /// The target that would be chosen; None: nobody is available.
+    pub chosen: Option<u16>,
+    /// Which rule of the policy chose it.
+    pub reason: &'static str,
+    /// Bytes of the prompt's text.
+    pub prompt_bytes: u32,
+    /// Everybody who could get the request, by slot.
+    pub candidates: Vec<CandidateView>,
+}
+
+/// A policy that decides everything once more, without effect.
+pub(super) struct Shadow {
+    pub(super) policy: Box<dyn Policy>,
+    agreed: AtomicU64,
+    differed: AtomicU64,
+}
+
+impl Shadow {
+    pub(super) fn new(policy: Box<dyn Policy>) -> Self {
+        Self { policy, agreed: AtomicU64::new(0), differed: AtomicU64::new(0) }
+    }
+
+    pub(super) fn observe(&self, agrees: bool) {
+        let counter = if agrees { &self.agreed } else { &self.differed };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Router {
+    /// What would be decided for such a request now, and why. Nothing changes by it, the generator and the counters included.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the body cannot be routed, [`Error::UnknownModel`], [`Error::RegionBusy`].
+    pub fn explain(
+        self: &Arc<Self>,
+        endpoint: Endpoint,
+        routing_headers: &[u8],
+        body: &[u8],
+        now_ns: u64,
+    ) -> Result<Explanation, Error> {
+        let prompt = self.reader.read(endpoint, body).map_err(|refused| Error::Invalid(refused.message))?;
+        let request = &Request::new(self, endpoint, routing_headers, prompt, now_ns);
+        let mut progress = request.progress();
+        progress.hypothetical = true;
+        let mut matches = Matches::new(MAX_TARGETS);
+        let mut guard = self.lock()?;
+        let state = guard.state();
+        let model = self.resolve_model(&state, request)?;
+        let candidates = candidates(&state, model, request, &progress, false);
+        state.index.lookup(&request.prompt().blocks, &mut matches);
+        let slots: Vec<u16> = candidates.iter().collect();
+        let targets = &state.targets;
+        let (mut views, mut chosen, mut reason) = (Vec::new(), None, "nobody is available");
+        watch(&state, model, request, &candidates, &matches, now_ns, |choice| {
+            let view = |slot| CandidateView {
+                slot,
+                match_bytes: choice.matches.of(slot).bytes,
+                load: targets.load(slot),
+                outstanding_tokens: targets.outstanding_tokens(slot),
+                cost_seconds: self.policy.cost_seconds(choice, slot),
+            };
+            views = slots.iter().copied().map(view).collect();
+            if !slots.is_empty() {
+                let picked = self.policy.pick(choice);
+                reason = self.policy.reason(choice, picked);
+                chosen = Some(picked);
+            }
+        });
+        let prompt_bytes = request.prompt().routed_bytes;
+        Ok(Explanation { chosen, reason, prompt_bytes, candidates: views })
+    }
+
+    /// (decisions in which the shadow policy chose the same target, in which it chose another)
+    pub fn shadow_decisions(&self) -> (u64, u64) {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        self.shadow.as_ref().map_or((0, 0), |shadow| (read(&shadow.agreed), read(&shadow.differed)))
+    }
+}
+
+/// Let a policy look at a choice with a generator and a turn that are thrown away.
+pub(super) fn watch(
+    state: &State<'_>,
+    model: usize,
+    request: &Request,
+    candidates: &Candidates,
+    matches: &Matches,
+    now_ns: u64,
+    look: impl FnOnce(&mut Choice<'_, '_>),
+) {
+    let (mut generator, mut turn) = (*state.random.0, state.models.turn_of(model.min(ANY)));
+    look(&mut Choice {
+        candidates,
+        blocks: &request.prompt().blocks,
+        matches,
+        prompt_bytes: request.prompt().routed_bytes,
+        targets: &state.targets,
+        index: &state.index,
+        routing_key: request.routing_key(),
+        now_ns,
+        random: &mut Random(&mut generator),
+        turn: &mut turn,
+    });
+}
