@@ -74,6 +74,8 @@ class RoutedRequest:
     @property
     def prompt_bytes(self) -> int:
         """Length of the routed text (all prompts of a batch), in bytes of decoded text."""
+    def blocks(self) -> list[tuple[int, int]]:
+        """(key, end in bytes of the text) of each block: equal keys stand for equal text from the beginning."""
     def finish(self, status: int, first_byte_ns: int, now_ns: int) -> None:
         """Count the client's request as answered, once (later calls do nothing).
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from time import monotonic_ns
 from typing import Any
 
@@ -62,6 +63,8 @@ async def serve(settings: Settings) -> int:
     config = settings.config
     core = build_core(config)
     directory, counts = Directory(), HttpCounts()
+    if config.record_decisions:
+        _check_writable(config.record_decisions)
     sockets = listening_sockets(config.host, config.port)
     try:
         control = await run_control(settings, core, directory, counts)
@@ -152,6 +155,14 @@ def build_core(config: RouterConfig) -> Core:
         breaker_window_ns=int(config.cb_window_duration_secs * 1e9),
         duration_buckets_ns=[int(seconds * 1e9) for seconds in config.prometheus_duration_buckets],
     )
+
+
+def _check_writable(path: str) -> None:
+    try:
+        with Path(path).open("a"):
+            pass
+    except OSError as error:
+        raise CannotStart(f"cannot write {path}: {error.strerror or error} (--record-decisions)") from None
 
 
 def listening_sockets(host: str, port: int) -> list[socket.socket]:

@@ -67,6 +67,9 @@ class RouterConfig:
     shadow_policy: Policy | None = _flag(  # noqa: RUF009
         None, "a policy that decides every request once more, without effect; its agreement is a metric"
     )
+    record_decisions: str | None = _flag(
+        None, "append every decision and what came of it to this file, without text, for bench.simulator", "FILE"
+    )
     cache_threshold: float = _flag(
         0.5, "cache_aware: follow a prefix match longer than this share of the prompt", "SHARE"
     )

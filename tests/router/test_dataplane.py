@@ -3,11 +3,13 @@
 import asyncio
 import json
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from bench.simulator.trace import read_trace
 from tests.fake_worker import FakeWorker, Script
 from tests.router.plane import Plane, running
 
@@ -429,3 +431,26 @@ async def test_a_rank_and_a_key_in_the_headers_reach_the_policy() -> None:
         for _ in range(6):
             await router.client.post(CHAT, json=chat(), headers={"X-Session-ID": "abc"})
         assert sorted(target.selections for target in router.core.targets()) == [0, 6]
+
+
+async def test_decisions_are_recorded_without_text(tmp_path: Path) -> None:
+    file = tmp_path / "decisions.jsonl"
+    async with FakeWorker() as worker, running([worker], record_decisions=str(file)) as router:
+        secret = "the launch code is 1234 " * 20
+        for text in (secret, secret + "and more"):
+            assert (await router.client.post(CHAT, json=chat(text))).status_code == 200
+        await worker.stop()
+        await router.client.post(CHAT, json=chat("nobody"))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["outcome"] for line in lines[:2]] == ["answered", "answered"]
+    assert "connect_failed" in {line["outcome"] for line in lines[2:]}
+    assert "launch" not in file.read_text()
+    first, second = lines[:2]
+    assert first["blocks"][0] == second["blocks"][0]
+    assert first["input_length"] > 0
+    assert first["timestamp"] <= first["end"] <= second["end"]
+    assert second["predicted_cached_tokens"] > 0
+    workload = read_trace(file)
+    assert len(workload.sessions) == 2
+    tokens = sum(segment.tokens for segment in workload.sessions[0].turns[0].new)
+    assert tokens == pytest.approx(first["input_length"], abs=2)

@@ -7,6 +7,7 @@ import hmac
 import logging
 import os
 import random
+from pathlib import Path
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from warmroute import router_health
 from warmroute._core import HeadParser, Route
 from warmroute.dataplane.client_connection import ClientConnection
 from warmroute.dataplane.pool import IDLE_NS, Pool
+from warmroute.dataplane.recorder import DecisionRecorder
 from warmroute.retry import RetryBudget, RetryPolicy
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class DataPlane:
     ) -> None:
         self.core = core
         self.counts = counts
+        self.recorder = DecisionRecorder(Path(config.record_decisions)) if config.record_decisions else None
         self.directory = directory
         self.loop = asyncio.get_running_loop()
         self.parser = HeadParser(request_id_headers=config.request_id_headers, max_head_bytes=MAX_HEAD_BYTES)
@@ -106,6 +109,8 @@ class DataPlane:
             connection.abort()
         for pool in (*self._pools.values(), self.control_pool):
             pool.close()
+        if self.recorder is not None:
+            self.recorder.close()
 
     # -- for the connections and exchanges
 

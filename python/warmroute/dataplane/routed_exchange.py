@@ -30,6 +30,13 @@ log = logging.getLogger(__name__)
 # Statuses that may be retried come with small bodies; one that is larger is relayed at once.
 MAX_HELD_BODY_BYTES = 64 * 1024
 CLIENT_CLOSED_REQUEST = 499
+OUTCOME_NAMES = {
+    OutcomeKind.ANSWERED: "answered",
+    OutcomeKind.CONNECT_FAILED: "connect_failed",
+    OutcomeKind.NO_ANSWER: "no_answer",
+    OutcomeKind.BROKEN_STREAM: "broken_stream",
+    OutcomeKind.CANCELLED: "cancelled",
+}
 
 
 class RoutedExchange(Exchange):
@@ -41,11 +48,13 @@ class RoutedExchange(Exchange):
         "_lease",
         "_request",
         "_retries",
+        "_selected_ns",
         "_timer",
     )
 
     _address: WorkerAddress
     _request: RoutedRequest
+    _selected_ns: int
 
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
         super().__init__(plane, client, head, body, now_ns)
@@ -90,6 +99,7 @@ class RoutedExchange(Exchange):
             self._nobody(now_ns)
             return
         self._lease = lease
+        self._selected_ns = now_ns
         self._address = address
         self._may_resend = True
         self._pool = self._plane.pool(address)
@@ -277,6 +287,13 @@ class RoutedExchange(Exchange):
             if head is not None and head.prompt_tokens >= 0:
                 prompt, cached = head.prompt_tokens, head.cached_tokens
             chunks, gap_ns = connection.chunks, connection.max_gap_ns
+        recorder = self._plane.recorder
+        if recorder is not None:
+            tokens = (prompt, completion, cached)
+            name = OUTCOME_NAMES[kind]
+            recorder.record(
+                self._request, lease, self._address, name, status, self._selected_ns, self.first_byte_ns, tokens
+            )
         transitions = lease.release(
             kind, status, self.first_byte_ns, chunks, gap_ns, prompt, completion, cached, monotonic_ns()
         )

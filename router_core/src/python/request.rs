@@ -36,6 +36,10 @@ impl RoutedRequest {
         self.0.prompt().prompt_bytes
     }
 
+    fn blocks(&self) -> Vec<(u64, u32)> {
+        self.0.prompt().blocks.iter().map(|block| (block.key, block.end)).collect()
+    }
+
     fn finish(&self, status: u16, first_byte_ns: i64, now_ns: u64) {
         self.0.finish(status, u64::try_from(first_byte_ns).ok(), now_ns);
     }
