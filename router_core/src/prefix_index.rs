@@ -31,7 +31,7 @@ mod table;
 
 use crate::prompt::Block;
 use clock::Clocks;
-use dense::Dense;
+use dense::{Dense, Settled};
 use rows::Rows;
 use store::Store;
 use table::{Holder, Table};
@@ -135,20 +135,18 @@ pub struct Claim {
 pub struct Matches {
     matches: Vec<Match>,
     holders: Vec<u16>,
-    /// A bit for each target that is in `holders`, by slot; those past the last target are set, so that nobody holds anything there.
-    settled: Vec<u64>,
+    /// Those in `holders`.
+    settled: Settled,
 }
 
 impl Matches {
     /// Room for matches of slots `0..targets`.
     pub fn new(targets: usize) -> Self {
-        let mut matches = Self {
+        Self {
             matches: vec![Match::default(); targets],
             holders: Vec::with_capacity(targets),
-            settled: vec![0; targets.div_ceil(64)],
-        };
-        matches.clear();
-        matches
+            settled: Settled::new(targets),
+        }
     }
 
     /// What the target in `slot` holds.
@@ -165,10 +163,7 @@ impl Matches {
         for slot in self.holders.drain(..) {
             self.matches[usize::from(slot)] = Match::default();
         }
-        self.settled.fill(0);
-        if let Some(last) = self.settled.last_mut().filter(|_| self.matches.len() % 64 > 0) {
-            *last = u64::MAX << (self.matches.len() % 64);
-        }
+        self.settled.clear();
     }
 }
 

@@ -17,8 +17,10 @@ const CHUNK_SLOTS: usize = 256;
 /// Places in a directory: enough for every slot.
 const PLACES: usize = super::MAX_TARGETS / CHUNK_SLOTS;
 
-/// A row: the position of its entry, then the directory.
+/// A row: the position of its entry, the directory, and the marks of its holders xored: equal marks, equal holders (but for one
+/// case in 2^64, where a lookup misses a holder).
 const DIRECTORY: usize = 1;
+const MARKS: usize = DIRECTORY + PLACES / 4;
 /// A chunk: whose it is, a bit for each slot that has a stamp, nothing up to the end of the cache line, then the stamps.
 const BITS: usize = 1;
 const BITS_WORDS: usize = CHUNK_SLOTS / 64;
@@ -28,6 +30,42 @@ const HEAD_WORDS: usize = 8;
 const TRIES: usize = 8;
 
 type Chunk = [u64; CHUNK_WORDS];
+
+/// Targets of which a lookup need not hear again.
+#[derive(Clone, Debug)]
+pub(super) struct Settled {
+    /// A bit for each slot; those past the last target are always set.
+    bits: Vec<u64>,
+    targets: usize,
+    /// Of a dense row whose holders are all settled; 0 is that of a row without any.
+    marks: u64,
+}
+
+impl Settled {
+    pub(super) fn new(targets: usize) -> Self {
+        let mut settled = Self { bits: vec![0; targets.div_ceil(64)], targets, marks: 0 };
+        settled.clear();
+        settled
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.marks = 0;
+        self.bits.fill(0);
+        if let Some(last) = self.bits.last_mut().filter(|_| self.targets % 64 > 0) {
+            *last = u64::MAX << (self.targets % 64);
+        }
+    }
+
+    /// Show `holder` to `settle` if it is not settled, and settle it where that says so.
+    #[inline]
+    pub(super) fn settle(&mut self, holder: Holder, settle: impl FnOnce(Holder) -> bool) {
+        let Some(bits) = self.bits.get_mut(usize::from(holder.slot()) / 64) else { return };
+        let bit = 1 << (holder.slot() % 64);
+        if *bits & bit == 0 && settle(holder) {
+            *bits |= bit;
+        }
+    }
+}
 
 /// As many rows as chunks: a row without a chunk is of no use.
 pub(super) struct Dense<'m> {
@@ -63,7 +101,11 @@ impl Dense<'_> {
         let stamps = &mut words[HEAD_WORDS + index / 2];
         let shift = 32 * (index % 2);
         *stamps = *stamps & !(0xFFFF_FFFF << shift) | u64::from(holder.stamp()) << shift;
+        let is_new = words[BITS + index / 64] >> (index % 64) & 1 == 0;
         words[BITS + index / 64] |= 1 << (index % 64);
+        if is_new {
+            self.flip_mark(row, holder.slot());
+        }
         true
     }
 
@@ -74,11 +116,15 @@ impl Dense<'_> {
         (words[BITS + index / 64] >> (index % 64) & 1 == 1).then(|| holder_at(words, place, index))
     }
 
-    /// Empty the place of `slot`.
-    pub(super) fn remove(&mut self, row: u32, slot: u16) {
-        let (place, index) = place_of(slot);
+    /// Empty the place of `holder`, if it is the one that stands there.
+    pub(super) fn remove(&mut self, row: u32, holder: Holder) {
+        if self.get(row, holder.slot()) != Some(holder) {
+            return;
+        }
+        let (place, index) = place_of(holder.slot());
         if let Some(words) = self.chunk_at(row, place).and_then(|chunk| self.chunk_mut(chunk)) {
             words[BITS + index / 64] &= !(1 << (index % 64));
+            self.flip_mark(row, holder.slot());
         }
     }
 
@@ -91,27 +137,37 @@ impl Dense<'_> {
         )
     }
 
-    /// Show the holders whose bit in `settled` (by slot) is 0 to `settle`, and set their bit where it says so.
+    /// Show the holders that are not yet in `settled` to `settle`, and add those for which it says so.
     #[inline]
-    pub(super) fn settle(&self, row: u32, settled: &mut [u64], mut settle: impl FnMut(Holder) -> bool) {
+    pub(super) fn settle(&self, row: u32, settled: &mut Settled, mut settle: impl FnMut(Holder) -> bool) {
         let Some(directory) = self.row(row) else { return };
-        for (place, settled) in settled.chunks_mut(BITS_WORDS).take(PLACES).enumerate() {
+        // Most often those who hold a block hold the one before it too, and nobody else does.
+        if directory[MARKS] == settled.marks {
+            return;
+        }
+        let mut open = 0;
+        for (place, bits) in settled.bits.chunks_mut(BITS_WORDS).take(PLACES).enumerate() {
             let Some(words) = chunk_in(directory, place).and_then(|chunk| self.chunk(chunk)) else { continue };
             if words[0] != owner_word(row, place) {
                 continue;
             }
-            for (word, settled) in settled.iter_mut().enumerate() {
-                for bit in ones(words[BITS + word] & !*settled) {
+            for (word, bits) in bits.iter_mut().enumerate() {
+                for bit in ones(words[BITS + word] & !*bits) {
                     let is_settled = settle(holder_at(words, place, 64 * word + bit));
-                    *settled |= u64::from(is_settled) << bit;
+                    *bits |= u64::from(is_settled) << bit;
                 }
+                open |= words[BITS + word] & !*bits;
             }
+        }
+        if open == 0 {
+            settled.marks = directory[MARKS];
         }
     }
 
     /// Keep the holders for which `keep` says so; how many are left.
     pub(super) fn retain(&mut self, row: u32, keep: impl Fn(Holder) -> bool) -> usize {
         let mut left = 0;
+        let mut marks = 0;
         for place in 0..PLACES {
             let Some(words) = self.chunk_at(row, place).and_then(|chunk| self.chunk_mut(chunk)) else { continue };
             let mut in_chunk = 0;
@@ -120,12 +176,18 @@ impl Dense<'_> {
                     .filter(|bit| !keep(holder_at(words, place, 64 * word + bit)))
                     .fold(0, |gone, bit| gone | 1 << bit);
                 words[BITS + word] &= !gone;
-                in_chunk += words[BITS + word].count_ones() as usize;
+                for bit in ones(words[BITS + word]) {
+                    in_chunk += 1;
+                    marks ^= mark(holder_at(words, place, 64 * word + bit).slot());
+                }
             }
             if in_chunk == 0 {
                 self.set_chunk(row, place, 0);
             }
             left += in_chunk;
+        }
+        if let Some(words) = self.row_mut(row) {
+            words[MARKS] = marks;
         }
         left
     }
@@ -174,6 +236,12 @@ impl Dense<'_> {
             let word = &mut words[DIRECTORY + place / 4];
             let shift = 16 * (place % 4);
             *word = *word & !(0xFFFF << shift) | u64::from(name) << shift;
+        }
+    }
+
+    fn flip_mark(&mut self, row: u32, slot: u16) {
+        if let Some(words) = self.row_mut(row) {
+            words[MARKS] ^= mark(slot);
         }
     }
 
@@ -238,4 +306,10 @@ fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
         bits &= bits.wrapping_sub(1);
         (bit < 64).then_some(bit)
     })
+}
+
+/// What stands for a slot in the marks of a row: its number, scattered over 64 bits.
+fn mark(slot: u16) -> u64 {
+    let scattered = (u64::from(slot) + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (scattered ^ scattered >> 32).wrapping_mul(0xD1B5_4A32_D192_ED03)
 }

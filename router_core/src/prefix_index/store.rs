@@ -2,7 +2,7 @@
 //!
 //! Residency is not known here: whoever calls says how old a holder is (`age`: None when it is not resident).
 
-use super::dense::Dense;
+use super::dense::{Dense, Settled};
 use super::rows::{HOLDERS, Rows};
 use super::table::{Entry, Holder, Table};
 
@@ -28,22 +28,13 @@ impl Store<'_> {
         }
     }
 
-    /// Show the holders whose bit in `settled` (by slot) is 0 to `settle`, and set their bit where it says so.
+    /// Show the holders that are not yet in `settled` to `settle`, and add those for which it says so.
     #[inline]
-    pub(super) fn settle(&self, position: u32, settled: &mut [u64], mut settle: impl FnMut(Holder) -> bool) {
-        if let Entry::Dense(row) = self.table.entry(position) {
-            if self.dense.belongs(row, position) {
-                self.dense.settle(row, settled, settle);
-            }
-            return;
+    pub(super) fn settle(&self, position: u32, settled: &mut Settled, mut settle: impl FnMut(Holder) -> bool) {
+        match self.table.entry(position) {
+            Entry::Dense(row) if self.dense.belongs(row, position) => self.dense.settle(row, settled, settle),
+            _ => self.each_holder(position, |holder| settled.settle(holder, &mut settle)),
         }
-        self.each_holder(position, |holder| {
-            let Some(settled) = settled.get_mut(usize::from(holder.slot()) / 64) else { return };
-            let bit = 1 << (holder.slot() % 64);
-            if *settled & bit == 0 && settle(holder) {
-                *settled |= bit;
-            }
-        });
     }
 
     /// What the target in `slot` was stamped with.
@@ -65,11 +56,7 @@ impl Store<'_> {
     /// `holder` does not hold the block, if it is still stamped as given.
     pub(super) fn remove(&mut self, position: u32, holder: Holder) {
         match self.table.entry(position) {
-            Entry::Dense(row) if self.dense.belongs(row, position) => {
-                if self.dense.get(row, holder.slot()) == Some(holder) {
-                    self.dense.remove(row, holder.slot());
-                }
-            }
+            Entry::Dense(row) if self.dense.belongs(row, position) => self.dense.remove(row, holder),
             _ => drop(self.retain(position, |other| other != holder)),
         }
     }
