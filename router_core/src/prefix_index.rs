@@ -11,12 +11,12 @@
 //! without making a claim wrong, and a match is the deepest resident block, gaps or not.
 //!
 //! ```text
-//! header   8 words: sweep cursor, sweep cycle, cursors of rows, dense rows and chunks
+//! header   8 words: sweep cursor, sweep cycle, cursors of rows, dense rows and chunks, pause of those
 //! clocks   8 words a target
 //! buckets  4 entries of 2 words: (tag 48 | depth class 8 | kind 8), (holder 32, holder 32) or number of a row or dense row
 //! rows     8 words: (count 8 | owner 56), 14 holders
-//! dense    8 words: owner, 16 chunk numbers
-//! chunks   8 words: owner, 256 bits; 256 stamps of 32 bits
+//! dense    34 words: owner, marks, 128 chunk numbers of 16 bits
+//! chunks   17 words: owner 32 | 32 bits; 32 stamps of 32 bits
 //! holder   slot 12 | stamp 20
 //! ```
 //!
@@ -47,11 +47,12 @@ const CYCLE: usize = 1;
 /// One 64-byte row per 8 buckets of 64 bytes: rows are for blocks with three holders and more.
 const BUCKETS_PER_ROW: usize = 8;
 
-/// The share of the memory that is for blocks with more holders than a row has: of 16 MiB, what 1,024 targets need to hold three
-/// prefixes of 32 KB, or 256 targets to hold twelve.
+/// The share of the memory that is for blocks with more holders than a row has: of 16 MiB, what 1,024 targets need to hold two and a
+/// half prefixes of 32 KB, or up to 256 targets to hold ten.
 const DENSE_SHARE: usize = 16;
-/// A dense row and a chunk.
-const DENSE_WORDS: usize = dense::ROW_WORDS + dense::CHUNK_WORDS;
+const CHUNKS_PER_DENSE_ROW: usize = 8;
+/// A dense row and its chunks.
+const DENSE_WORDS: usize = dense::ROW_WORDS + CHUNKS_PER_DENSE_ROW * dense::CHUNK_WORDS;
 
 /// Buckets swept by each stamp whatever the clocks owe, so that an idle fleet's table is cleaned too.
 const BUCKETS_PER_STAMP: usize = 2;
@@ -65,7 +66,7 @@ pub struct Layout {
     targets: usize,
     buckets: usize,
     rows: usize,
-    chunks: usize,
+    dense_rows: usize,
 }
 
 impl Layout {
@@ -77,16 +78,16 @@ impl Layout {
         assert!(targets <= MAX_TARGETS, "a holder names its target in 12 bits");
         let fixed = (HEADER_WORDS + targets * clock::WORDS) * size_of::<u64>();
         let words = memory_bytes.saturating_sub(fixed) / size_of::<u64>();
-        let chunks = (words / DENSE_SHARE / DENSE_WORDS).min(dense::MAX_CHUNKS);
+        let dense_rows = (words / DENSE_SHARE / DENSE_WORDS).min(dense::MAX_CHUNKS / CHUNKS_PER_DENSE_ROW);
         let row_words = BUCKETS_PER_ROW * table::BUCKET_WORDS + rows::WORDS;
         // Positions of entries are kept in 32 bits.
-        let rows = ((words - chunks * DENSE_WORDS) / row_words).clamp(1, 1 << 26);
-        Self { targets, rows, buckets: rows * BUCKETS_PER_ROW, chunks }
+        let rows = ((words - dense_rows * DENSE_WORDS) / row_words).clamp(1, 1 << 26);
+        Self { targets, rows, buckets: rows * BUCKETS_PER_ROW, dense_rows }
     }
 
     /// Words of memory that an index of this layout takes.
     pub fn words(&self) -> usize {
-        let index = self.buckets * table::BUCKET_WORDS + self.rows * rows::WORDS + self.chunks * DENSE_WORDS;
+        let index = self.buckets * table::BUCKET_WORDS + self.rows * rows::WORDS + self.dense_rows * DENSE_WORDS;
         HEADER_WORDS + self.targets * clock::WORDS + index
     }
 
@@ -107,7 +108,7 @@ impl Layout {
         let (clocks, memory) = memory.split_at_mut(self.targets * clock::WORDS);
         let (buckets, memory) = memory.split_at_mut(self.buckets * table::BUCKET_WORDS);
         let (rows, memory) = memory.split_at_mut(self.rows * rows::WORDS);
-        let (dense_rows, chunks) = memory.split_at_mut(self.chunks * dense::ROW_WORDS);
+        let (dense_rows, chunks) = memory.split_at_mut(self.dense_rows * dense::ROW_WORDS);
         let rows = Rows { cursor: &mut row_cursor[0], words: rows };
         let dense = Dense { cursors: dense_cursors, rows: dense_rows, chunks };
         PrefixIndex { sweep, clocks: Clocks(clocks), store: Store { table: Table::new(buckets), rows, dense } }

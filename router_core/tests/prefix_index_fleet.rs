@@ -199,13 +199,23 @@ fn fleet(memory_bytes: usize, slots: impl Iterator<Item = usize>, text_bytes: us
     (sent, fewest)
 }
 
+/// An index whose dense rows, a sixteenth of it, have so much memory.
+fn with_dense_bytes(dense_bytes: usize) -> usize {
+    let clocks_bytes = 4096 * 64;
+    dense_bytes * 16 + clocks_bytes
+}
+
 #[test]
 fn a_prefix_of_32_kb_held_by_1024_targets_takes_400_kb() {
-    // Dense rows have a sixteenth of the memory; what a prompt takes besides are its entries of 16 bytes.
-    let dense_bytes = 380 << 10;
-    let clocks_bytes = 4096 * 64;
-    let (sent, fewest) = fleet(dense_bytes * 16 + clocks_bytes, 0..1024, 32 << 10);
-    assert_eq!((sent, fewest), (1024, 1024));
+    // Besides, only its entries of 16 bytes.
+    assert_eq!(fleet(with_dense_bytes(396 << 10), 0..1024, 32 << 10), (1024, 1024));
+}
+
+#[test]
+fn a_block_held_by_20_targets_takes_less_than_4_kb_wherever_they_stand() {
+    const BLOCKS: usize = 74;
+    assert_eq!(fleet(with_dense_bytes(BLOCKS * 3500), (0..20).map(|number| number * 200), 32 << 10), (20, 20));
+    assert_eq!(fleet(with_dense_bytes(BLOCKS * 1400), 0..20, 32 << 10), (20, 20));
 }
 
 #[test]

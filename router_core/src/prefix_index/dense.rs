@@ -1,41 +1,43 @@
 //! Dense rows: the holders of a block that more targets hold than a row has places, with a place for every target.
 //!
-//! A dense row is a cache line: a directory of chunks, each with the places of 256 slots; a chunk is there when a target of its
-//! slots holds the block. A chunk has a stamp for each slot, and a bit, so that slots of no interest are passed over 64 at a time.
+//! A dense row is a directory of chunks, each with the places of 32 slots; a chunk is there when a target of its slots holds the
+//! block. So 1,024 holders take 4.6 KB, and 20 take 0.4 KB where they stand side by side, 3 KB where each has a chunk of its own.
 //!
 //! As in `rows`, a dense row carries the position of its entry and is valid only if the entry points back; a chunk carries the
 //! dense row and the place in its directory, and is valid only if the row is and points back. What is not valid is free.
 
 use super::table::Holder;
 
-pub(super) const ROW_WORDS: usize = 8;
-pub(super) const CHUNK_WORDS: usize = HEAD_WORDS + CHUNK_SLOTS / 2;
+/// A row: the position of its entry, marks, the directory.
+pub(super) const ROW_WORDS: usize = DIRECTORY + PLACES / NAMES;
+/// A chunk: a head (row 25 | place 7 | a bit for each slot that has a stamp), then the stamps.
+pub(super) const CHUNK_WORDS: usize = 1 + CHUNK_SLOTS / 2;
 /// Directories name chunks in 16 bits; 0 is none.
 pub(super) const MAX_CHUNKS: usize = (1 << 16) - 1;
 
-const CHUNK_SLOTS: usize = 256;
+const CHUNK_SLOTS: usize = 32;
 /// Places in a directory: enough for every slot.
 const PLACES: usize = super::MAX_TARGETS / CHUNK_SLOTS;
-
-/// A row: the position of its entry, the directory, and the marks of its holders xored: equal marks, equal holders (but for one
-/// case in 2^64, where a lookup misses a holder).
-const DIRECTORY: usize = 1;
-const MARKS: usize = DIRECTORY + PLACES / 4;
-/// A chunk: whose it is, a bit for each slot that has a stamp, nothing up to the end of the cache line, then the stamps.
-const BITS: usize = 1;
-const BITS_WORDS: usize = CHUNK_SLOTS / 64;
-const HEAD_WORDS: usize = 8;
+const PLACE_BITS: u32 = 7;
+/// Names in a word of a directory.
+const NAMES: usize = 4;
+const DIRECTORY: usize = 2;
+/// The marks of the holders of a row, xored: equal marks, equal holders (but for one case in 2^64, where a lookup misses a holder).
+const MARKS: usize = 1;
 
 /// Rows or chunks looked at to find a free one.
 const TRIES: usize = 8;
+/// Searches left out after one in vain: where all is taken, blocks should not pay for finding that out one by one.
+const PAUSE: u64 = 64;
 
+type Row = [u64; ROW_WORDS];
 type Chunk = [u64; CHUNK_WORDS];
 
 /// Targets of which a lookup need not hear again.
 #[derive(Clone, Debug)]
 pub(super) struct Settled {
-    /// A bit for each slot; those past the last target are always set.
-    bits: Vec<u64>,
+    /// A bit for each slot, in the shape of chunks; those past the last target are always set.
+    bits: Vec<u32>,
     targets: usize,
     /// Of a dense row whose holders are all settled; 0 is that of a row without any.
     marks: u64,
@@ -43,7 +45,7 @@ pub(super) struct Settled {
 
 impl Settled {
     pub(super) fn new(targets: usize) -> Self {
-        let mut settled = Self { bits: vec![0; targets.div_ceil(64)], targets, marks: 0 };
+        let mut settled = Self { bits: vec![0; targets.div_ceil(CHUNK_SLOTS)], targets, marks: 0 };
         settled.clear();
         settled
     }
@@ -51,25 +53,25 @@ impl Settled {
     pub(super) fn clear(&mut self) {
         self.marks = 0;
         self.bits.fill(0);
-        if let Some(last) = self.bits.last_mut().filter(|_| self.targets % 64 > 0) {
-            *last = u64::MAX << (self.targets % 64);
+        if let Some(last) = self.bits.last_mut().filter(|_| !self.targets.is_multiple_of(CHUNK_SLOTS)) {
+            *last = u32::MAX << (self.targets % CHUNK_SLOTS);
         }
     }
 
     /// Show `holder` to `settle` if it is not settled, and settle it where that says so.
     #[inline]
     pub(super) fn settle(&mut self, holder: Holder, settle: impl FnOnce(Holder) -> bool) {
-        let Some(bits) = self.bits.get_mut(usize::from(holder.slot()) / 64) else { return };
-        let bit = 1 << (holder.slot() % 64);
+        let (place, index) = place_of(holder.slot());
+        let Some(bits) = self.bits.get_mut(place) else { return };
+        let bit = 1 << index;
         if *bits & bit == 0 && settle(holder) {
             *bits |= bit;
         }
     }
 }
 
-/// As many rows as chunks: a row without a chunk is of no use.
 pub(super) struct Dense<'m> {
-    /// Where the searches for free rows and for free chunks go on.
+    /// Where the searches for free rows and for free chunks go on, and how many are left out.
     pub(super) cursors: &'m mut [u64],
     pub(super) rows: &'m mut [u64],
     pub(super) chunks: &'m mut [u64],
@@ -78,9 +80,7 @@ pub(super) struct Dense<'m> {
 impl Dense<'_> {
     /// A free dense row for the entry at `position`, without holders; `points_back(position, row)` says whether an entry uses a row.
     pub(super) fn claim(&mut self, position: u32, points_back: impl Fn(u32, u32) -> bool) -> Option<u32> {
-        let rows = self.rows.len() / ROW_WORDS;
-        let (row, cursor) = search(self.cursors[0], rows, |row| !self.is_used(row, &points_back));
-        self.cursors[0] = cursor;
+        let row = self.search(0, self.rows.len() / ROW_WORDS, |dense, row| !dense.is_used(row, &points_back));
         let words = self.row_mut(row?)?;
         *words = [0; ROW_WORDS];
         words[0] = u64::from(position) + 1;
@@ -98,11 +98,11 @@ impl Dense<'_> {
             return false;
         };
         let Some(words) = self.chunk_mut(chunk) else { return false };
-        let stamps = &mut words[HEAD_WORDS + index / 2];
+        let stamps = &mut words[1 + index / 2];
         let shift = 32 * (index % 2);
         *stamps = *stamps & !(0xFFFF_FFFF << shift) | u64::from(holder.stamp()) << shift;
-        let is_new = words[BITS + index / 64] >> (index % 64) & 1 == 0;
-        words[BITS + index / 64] |= 1 << (index % 64);
+        let is_new = words[0] >> index & 1 == 0;
+        words[0] |= 1 << index;
         if is_new {
             self.flip_mark(row, holder.slot());
         }
@@ -113,7 +113,7 @@ impl Dense<'_> {
     pub(super) fn get(&self, row: u32, slot: u16) -> Option<Holder> {
         let (place, index) = place_of(slot);
         let words = self.chunk(self.chunk_at(row, place)?)?;
-        (words[BITS + index / 64] >> (index % 64) & 1 == 1).then(|| holder_at(words, place, index))
+        (words[0] >> index & 1 == 1).then(|| holder_at(words, place, index))
     }
 
     /// Empty the place of `holder`, if it is the one that stands there.
@@ -123,18 +123,14 @@ impl Dense<'_> {
         }
         let (place, index) = place_of(holder.slot());
         if let Some(words) = self.chunk_at(row, place).and_then(|chunk| self.chunk_mut(chunk)) {
-            words[BITS + index / 64] &= !(1 << (index % 64));
+            words[0] &= !(1 << index);
             self.flip_mark(row, holder.slot());
         }
     }
 
     pub(super) fn holders(&self, row: u32) -> impl Iterator<Item = Holder> + '_ {
-        (0..PLACES).filter_map(move |place| Some((place, self.chunk(self.chunk_at(row, place)?)?))).flat_map(
-            |(place, words)| {
-                let bits = (0..BITS_WORDS).flat_map(|word| ones(words[BITS + word]).map(move |bit| 64 * word + bit));
-                bits.map(move |index| holder_at(words, place, index))
-            },
-        )
+        let chunks = (0..PLACES).filter_map(move |place| Some((place, self.chunk(self.chunk_at(row, place)?)?)));
+        chunks.flat_map(|(place, words)| ones(bits_of(words)).map(move |index| holder_at(words, place, index)))
     }
 
     /// Show the holders that are not yet in `settled` to `settle`, and add those for which it says so.
@@ -146,18 +142,15 @@ impl Dense<'_> {
             return;
         }
         let mut open = 0;
-        for (place, bits) in settled.bits.chunks_mut(BITS_WORDS).take(PLACES).enumerate() {
-            let Some(words) = chunk_in(directory, place).and_then(|chunk| self.chunk(chunk)) else { continue };
-            if words[0] != owner_word(row, place) {
+        for (place, chunk) in chunks_in(directory) {
+            let Some(words) = self.chunk(chunk).filter(|words| owner_word(words) == owner_of(row, place)) else {
                 continue;
+            };
+            let Some(bits) = settled.bits.get_mut(place) else { break };
+            for index in ones(bits_of(words) & !*bits) {
+                *bits |= u32::from(settle(holder_at(words, place, index))) << index;
             }
-            for (word, bits) in bits.iter_mut().enumerate() {
-                for bit in ones(words[BITS + word] & !*bits) {
-                    let is_settled = settle(holder_at(words, place, 64 * word + bit));
-                    *bits |= u64::from(is_settled) << bit;
-                }
-                open |= words[BITS + word] & !*bits;
-            }
+            open |= bits_of(words) & !*bits;
         }
         if open == 0 {
             settled.marks = directory[MARKS];
@@ -166,25 +159,21 @@ impl Dense<'_> {
 
     /// Keep the holders for which `keep` says so; how many are left.
     pub(super) fn retain(&mut self, row: u32, keep: impl Fn(Holder) -> bool) -> usize {
-        let mut left = 0;
-        let mut marks = 0;
+        let (mut left, mut marks) = (0, 0);
         for place in 0..PLACES {
             let Some(words) = self.chunk_at(row, place).and_then(|chunk| self.chunk_mut(chunk)) else { continue };
-            let mut in_chunk = 0;
-            for word in 0..BITS_WORDS {
-                let gone = ones(words[BITS + word])
-                    .filter(|bit| !keep(holder_at(words, place, 64 * word + bit)))
-                    .fold(0, |gone, bit| gone | 1 << bit);
-                words[BITS + word] &= !gone;
-                for bit in ones(words[BITS + word]) {
-                    in_chunk += 1;
-                    marks ^= mark(holder_at(words, place, 64 * word + bit).slot());
+            for index in ones(bits_of(words)) {
+                let holder = holder_at(words, place, index);
+                if keep(holder) {
+                    left += 1;
+                    marks ^= mark(holder.slot());
+                } else {
+                    words[0] &= !(1 << index);
                 }
             }
-            if in_chunk == 0 {
+            if bits_of(words) == 0 {
                 self.set_chunk(row, place, 0);
             }
-            left += in_chunk;
         }
         if let Some(words) = self.row_mut(row) {
             words[MARKS] = marks;
@@ -194,27 +183,38 @@ impl Dense<'_> {
 
     pub(super) fn check_row(&self, row: u32) -> Result<(), String> {
         let Some(directory) = self.row(row) else { return Err(format!("there is no dense row {row}")) };
-        for place in 0..PLACES {
-            if chunk_in(directory, place).is_some() && self.chunk_at(row, place).is_none() {
-                return Err(format!("chunk {place} of dense row {row} does not point back"));
-            }
+        match chunks_in(directory).find(|&(place, chunk)| self.chunk_at(row, place) != Some(chunk)) {
+            Some((place, _)) => Err(format!("chunk {place} of dense row {row} does not point back")),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn claim_chunk(&mut self, row: u32, place: usize, points_back: impl Fn(u32, u32) -> bool) -> Option<u32> {
-        let chunks = self.chunks.len() / CHUNK_WORDS;
-        let (chunk, cursor) = search(self.cursors[1], chunks, |chunk| {
-            let owner = self.chunk(chunk).and_then(|words| owner_of(words[0]));
-            !owner
-                .is_some_and(|(row, place)| self.chunk_at(row, place) == Some(chunk) && self.is_used(row, &points_back))
-        });
-        self.cursors[1] = cursor;
-        let words = self.chunk_mut(chunk?)?;
-        words[..HEAD_WORDS].fill(0);
-        words[0] = owner_word(row, place);
-        self.set_chunk(row, place, chunk? + 1);
-        chunk
+        let chunk = self.search(1, self.chunks.len() / CHUNK_WORDS, |dense, chunk| {
+            let (row, place) = dense.chunk(chunk).map_or((0, 0), claimed_by);
+            dense.chunk_at(row, place) != Some(chunk) || !dense.is_used(row, &points_back)
+        })?;
+        self.chunk_mut(chunk)?[0] = owner_of(row, place) << 32;
+        self.set_chunk(row, place, chunk + 1);
+        Some(chunk)
+    }
+
+    /// The first free one of the next [`TRIES`] of `count`.
+    fn search(&mut self, cursor: usize, count: usize, is_free: impl Fn(&Self, u32) -> bool) -> Option<u32> {
+        let pause = self.cursors[2].min(PAUSE);
+        if pause > 0 {
+            self.cursors[2] = pause - 1;
+            return None;
+        }
+        for _ in 0..TRIES.min(count) {
+            let candidate = self.cursors[cursor] % count as u64;
+            self.cursors[cursor] = candidate + 1;
+            if is_free(self, candidate as u32) {
+                return Some(candidate as u32);
+            }
+        }
+        self.cursors[2] = PAUSE;
+        None
     }
 
     fn is_used(&self, row: u32, points_back: impl Fn(u32, u32) -> bool) -> bool {
@@ -228,13 +228,13 @@ impl Dense<'_> {
     /// The chunk at a place of a directory, if it points back.
     fn chunk_at(&self, row: u32, place: usize) -> Option<u32> {
         let chunk = chunk_in(self.row(row)?, place)?;
-        (self.chunk(chunk)?[0] == owner_word(row, place)).then_some(chunk)
+        (owner_word(self.chunk(chunk)?) == owner_of(row, place)).then_some(chunk)
     }
 
     fn set_chunk(&mut self, row: u32, place: usize, name: u32) {
         if let Some(words) = self.row_mut(row) {
-            let word = &mut words[DIRECTORY + place / 4];
-            let shift = 16 * (place % 4);
+            let word = &mut words[DIRECTORY + place / NAMES];
+            let shift = 16 * (place % NAMES);
             *word = *word & !(0xFFFF << shift) | u64::from(name) << shift;
         }
     }
@@ -245,11 +245,11 @@ impl Dense<'_> {
         }
     }
 
-    fn row(&self, row: u32) -> Option<&[u64; ROW_WORDS]> {
+    fn row(&self, row: u32) -> Option<&Row> {
         self.rows.get(row as usize * ROW_WORDS..)?.first_chunk()
     }
 
-    fn row_mut(&mut self, row: u32) -> Option<&mut [u64; ROW_WORDS]> {
+    fn row_mut(&mut self, row: u32) -> Option<&mut Row> {
         self.rows.get_mut(row as usize * ROW_WORDS..)?.first_chunk_mut()
     }
 
@@ -262,22 +262,16 @@ impl Dense<'_> {
     }
 }
 
-/// The first free one of the next [`TRIES`] of `count`, and where to go on next time.
-fn search(cursor: u64, count: usize, is_free: impl Fn(u32) -> bool) -> (Option<u32>, u64) {
-    let mut cursor = cursor as usize;
-    for _ in 0..TRIES.min(count) {
-        let candidate = cursor % count;
-        cursor = candidate + 1;
-        if is_free(candidate as u32) {
-            return (Some(candidate as u32), cursor as u64);
-        }
-    }
-    (None, cursor as u64)
+/// The number of the chunk that a directory names at a place.
+fn chunk_in(words: &Row, place: usize) -> Option<u32> {
+    ((words[DIRECTORY + place / NAMES] >> (16 * (place % NAMES)) & 0xFFFF) as u32).checked_sub(1)
 }
 
-/// The number of the chunk that a directory names at a place.
-fn chunk_in(words: &[u64; ROW_WORDS], place: usize) -> Option<u32> {
-    ((words[DIRECTORY + place / 4] >> (16 * (place % 4)) & 0xFFFF) as u32).checked_sub(1)
+/// The places of a directory that name a chunk, and its number.
+fn chunks_in(words: &Row) -> impl Iterator<Item = (usize, u32)> + '_ {
+    let is_used = |&group: &usize| words[DIRECTORY + group] != 0;
+    let places = (0..PLACES / NAMES).filter(is_used).flat_map(|group| NAMES * group..NAMES * (group + 1));
+    places.filter_map(|place| Some((place, chunk_in(words, place)?)))
 }
 
 /// The place of a slot in the directory, and its index in the chunk there.
@@ -286,25 +280,35 @@ fn place_of(slot: u16) -> (usize, usize) {
 }
 
 fn holder_at(words: &Chunk, place: usize, index: usize) -> Holder {
-    let stamp = (words[HEAD_WORDS + index / 2] >> (32 * (index % 2))) as u32;
+    let stamp = (words[1 + index / 2] >> (32 * (index % 2))) as u32;
     Holder::new((place * CHUNK_SLOTS + index) as u16, stamp)
 }
 
-fn owner_word(row: u32, place: usize) -> u64 {
-    (u64::from(row) + 1) << 8 | place as u64
+fn bits_of(words: &Chunk) -> u32 {
+    words[0] as u32
 }
 
-fn owner_of(word: u64) -> Option<(u32, usize)> {
-    let row = u32::try_from((word >> 8).checked_sub(1)?).ok()?;
-    Some((row, (word & 0xFF) as usize % PLACES))
+fn owner_word(words: &Chunk) -> u64 {
+    words[0] >> 32
+}
+
+/// What a chunk says that belongs at a place of the directory of a row.
+fn owner_of(row: u32, place: usize) -> u64 {
+    (u64::from(row) + 1) << PLACE_BITS | place as u64
+}
+
+/// The row and the place in its directory where a chunk says that it belongs; never claimed, any.
+fn claimed_by(words: &Chunk) -> (u32, usize) {
+    let owner = owner_word(words);
+    ((owner >> PLACE_BITS).saturating_sub(1) as u32, owner as usize % PLACES)
 }
 
 /// The numbers of the bits that are 1.
-fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
+fn ones(mut bits: u32) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let bit = bits.trailing_zeros() as usize;
         bits &= bits.wrapping_sub(1);
-        (bit < 64).then_some(bit)
+        (bit < CHUNK_SLOTS).then_some(bit)
     })
 }
 
