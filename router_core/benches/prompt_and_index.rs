@@ -1,11 +1,12 @@
 //! What reading a body and walking the index cost: medians in ns, one core. `cargo bench --bench prompt_and_index`.
 //!
+//! *hot*: two prefixes in turn, whose holders are spread over the fleet; *all* is read + lookup + stamp.
 //! Bodies are chats of natural text with one escape per 60 bytes. *known*: the prefix is held, 1 KB is new; *new*: nothing is.
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use router_core::prefix_index::{Layout, Matches};
+use router_core::prefix_index::{Layout, Match, Matches};
 use router_core::prompt::{Endpoint, Prompt, PromptReader};
 
 const INDEX_BYTES: usize = 16 << 20;
@@ -27,11 +28,19 @@ fn main() {
         row(&format!("lookup + stamp: known to {holders}"), |size| time_index(size, holders, true));
     }
     row("lookup + stamp: new", |size| time_index(size, 1, false));
+    // Few prefixes, as those that hundreds hold are; 220 KB held by 512 is more than the dense rows of this index have room for.
+    for (fleet, holders) in [(16, 1), (1024, 1), (1024, 16), (1024, 512)] {
+        row(&format!("hot, lookup: {fleet} targets, {holders} hold"), |size| time_hot(size, fleet, holders, false));
+        row(&format!("hot, all: {fleet} targets, {holders} hold"), |size| time_hot(size, fleet, holders, true));
+    }
 }
 
 const LATIN: &str = "The quick brown fox jumps over the lazy dog and runs away.\\n";
 const ESCAPED: &str = "\\u4f60\\u597d\\uff0c\\u4e16\\u754c\\u3002";
 const CHINESE: &str = "你好，世界。今天天气很好，我们去公园散步吧。";
+
+/// The end of a chat's body.
+const TAIL: &str = r#""}],"stream":true,"max_tokens":64}"#;
 
 fn row(name: &str, mut measure: impl FnMut(usize) -> u64) {
     let results: Vec<String> = SIZES.iter().map(|&(_, size)| format!("{:>12}", measure(size))).collect();
@@ -44,7 +53,7 @@ fn chat(unit: &str, size: usize, seed: usize) -> Vec<u8> {
     while body.len() < size {
         body.push_str(unit);
     }
-    body.push_str(r#""}],"stream":true,"max_tokens":64}"#);
+    body.push_str(TAIL);
     body.into_bytes()
 }
 
@@ -109,4 +118,48 @@ fn time_index(size: usize, holders: u16, known: bool) -> u64 {
         start.elapsed().as_nanos() as u64
     };
     median(prompts.iter().map(sample).collect())
+}
+
+fn time_hot(size: usize, fleet: u16, holders: u16, all: bool) -> u64 {
+    const PREFIXES: usize = 2;
+    const ROUNDS: usize = 600;
+    let reader = PromptReader::new(7);
+    let prefix = |seed| chat(LATIN, size.saturating_sub(1 << 10).max(512), seed);
+    let body = |round: usize| {
+        let mut text = prefix(round % PREFIXES);
+        text.truncate(text.len() - TAIL.len());
+        text.extend(format!("{round} {}", LATIN.repeat(size.min(1 << 10) / LATIN.len())).bytes());
+        text.extend(TAIL.bytes());
+        text
+    };
+    let layout = Layout::new(INDEX_BYTES, usize::from(fleet));
+    let mut memory = vec![1; layout.words()];
+    memory.fill(0);
+    let mut index = layout.attach(&mut memory);
+    let mut matches = Matches::new(usize::from(fleet));
+    (0..fleet).for_each(|slot| index.open_target(slot, CAPACITY_BYTES));
+    let holder = |number: usize| (number % usize::from(holders)) as u16 * (fleet / holders);
+    for prompt in (0..PREFIXES).map(|seed| reader.read(Endpoint::Chat, &prefix(seed)).expect("a valid body")) {
+        for slot in (0..usize::from(holders)).map(holder) {
+            index.stamp(slot, &prompt.blocks, Match::default(), prompt.prompt_bytes);
+        }
+    }
+    let bodies: Vec<_> = (0..ROUNDS).map(body).collect();
+    let sample = |round: usize| {
+        let slot = holder(round * 37);
+        let mut start = Instant::now();
+        let prompt = reader.read(Endpoint::Chat, black_box(&bodies[round])).expect("a valid body");
+        if !all {
+            start = Instant::now();
+        }
+        index.lookup(black_box(&prompt.blocks), &mut matches);
+        let matched = matches.of(slot);
+        let mut elapsed = start.elapsed();
+        black_box(index.stamp(slot, &prompt.blocks, matched, prompt.prompt_bytes - u64::from(matched.bytes)));
+        if all {
+            elapsed = start.elapsed();
+        }
+        elapsed.as_nanos() as u64
+    };
+    median((0..ROUNDS).map(sample).collect())
 }

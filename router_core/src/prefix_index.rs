@@ -11,10 +11,12 @@
 //! without making a claim wrong, and a match is the deepest resident block, gaps or not.
 //!
 //! ```text
-//! header   8 words: sweep cursor, sweep cycle, row cursor
+//! header   8 words: sweep cursor, sweep cycle, cursors of rows, dense rows and chunks, pause of those
 //! clocks   8 words a target
-//! buckets  4 entries of 2 words: (tag 48 | depth class 8 | kind 8), (holder 32, holder 32) or row number
+//! buckets  4 entries of 2 words: (tag 48 | depth class 8 | kind 8), (holder 32, holder 32) or number of a row or dense row
 //! rows     8 words: (count 8 | owner 56), 14 holders
+//! dense    34 words: owner, marks, 128 chunk numbers of 16 bits
+//! chunks   17 words: owner 32 | 32 bits; 32 stamps of 32 bits
 //! holder   slot 12 | stamp 20
 //! ```
 //!
@@ -22,12 +24,14 @@
 //! owes (`clock::CYCLE_QUANTA`), and a sweep drops what is not resident.
 
 mod clock;
+mod dense;
 mod rows;
 mod store;
 mod table;
 
 use crate::prompt::Block;
 use clock::Clocks;
+use dense::{Dense, Settled};
 use rows::Rows;
 use store::Store;
 use table::{Holder, Table};
@@ -43,6 +47,13 @@ const CYCLE: usize = 1;
 /// One 64-byte row per 8 buckets of 64 bytes: rows are for blocks with three holders and more.
 const BUCKETS_PER_ROW: usize = 8;
 
+/// The share of the memory that is for blocks with more holders than a row has: of 16 MiB, what 1,024 targets need to hold two and a
+/// half prefixes of 32 KB, or up to 256 targets to hold ten.
+const DENSE_SHARE: usize = 16;
+const CHUNKS_PER_DENSE_ROW: usize = 8;
+/// A dense row and its chunks.
+const DENSE_WORDS: usize = dense::ROW_WORDS + CHUNKS_PER_DENSE_ROW * dense::CHUNK_WORDS;
+
 /// Buckets swept by each stamp whatever the clocks owe, so that an idle fleet's table is cleaned too.
 const BUCKETS_PER_STAMP: usize = 2;
 
@@ -55,6 +66,7 @@ pub struct Layout {
     targets: usize,
     buckets: usize,
     rows: usize,
+    dense_rows: usize,
 }
 
 impl Layout {
@@ -65,15 +77,18 @@ impl Layout {
     pub fn new(memory_bytes: usize, targets: usize) -> Self {
         assert!(targets <= MAX_TARGETS, "a holder names its target in 12 bits");
         let fixed = (HEADER_WORDS + targets * clock::WORDS) * size_of::<u64>();
-        let lines = memory_bytes.saturating_sub(fixed) / (table::BUCKET_WORDS * size_of::<u64>());
+        let words = memory_bytes.saturating_sub(fixed) / size_of::<u64>();
+        let dense_rows = (words / DENSE_SHARE / DENSE_WORDS).min(dense::MAX_CHUNKS / CHUNKS_PER_DENSE_ROW);
+        let row_words = BUCKETS_PER_ROW * table::BUCKET_WORDS + rows::WORDS;
         // Positions of entries are kept in 32 bits.
-        let rows = (lines / (BUCKETS_PER_ROW + 1)).clamp(1, 1 << 26);
-        Self { targets, rows, buckets: rows * BUCKETS_PER_ROW }
+        let rows = ((words - dense_rows * DENSE_WORDS) / row_words).clamp(1, 1 << 26);
+        Self { targets, rows, buckets: rows * BUCKETS_PER_ROW, dense_rows }
     }
 
     /// Words of memory that an index of this layout takes.
     pub fn words(&self) -> usize {
-        HEADER_WORDS + self.targets * clock::WORDS + self.buckets * table::BUCKET_WORDS + self.rows * rows::WORDS
+        let index = self.buckets * table::BUCKET_WORDS + self.rows * rows::WORDS + self.dense_rows * DENSE_WORDS;
+        HEADER_WORDS + self.targets * clock::WORDS + index
     }
 
     /// Blocks that the table can hold.
@@ -88,11 +103,15 @@ impl Layout {
     pub fn attach<'m>(&self, memory: &'m mut [u64]) -> PrefixIndex<'m> {
         assert_eq!(memory.len(), self.words(), "memory of another layout");
         let (sweep, memory) = memory.split_at_mut(SWEEP_WORDS);
-        let (row_cursor, memory) = memory.split_at_mut(HEADER_WORDS - SWEEP_WORDS);
+        let (cursors, memory) = memory.split_at_mut(HEADER_WORDS - SWEEP_WORDS);
+        let (row_cursor, dense_cursors) = cursors.split_at_mut(1);
         let (clocks, memory) = memory.split_at_mut(self.targets * clock::WORDS);
-        let (buckets, rows) = memory.split_at_mut(self.buckets * table::BUCKET_WORDS);
+        let (buckets, memory) = memory.split_at_mut(self.buckets * table::BUCKET_WORDS);
+        let (rows, memory) = memory.split_at_mut(self.rows * rows::WORDS);
+        let (dense_rows, chunks) = memory.split_at_mut(self.dense_rows * dense::ROW_WORDS);
         let rows = Rows { cursor: &mut row_cursor[0], words: rows };
-        PrefixIndex { sweep, clocks: Clocks(clocks), store: Store { table: Table::new(buckets), rows } }
+        let dense = Dense { cursors: dense_cursors, rows: dense_rows, chunks };
+        PrefixIndex { sweep, clocks: Clocks(clocks), store: Store { table: Table::new(buckets), rows, dense } }
     }
 }
 
@@ -117,12 +136,18 @@ pub struct Claim {
 pub struct Matches {
     matches: Vec<Match>,
     holders: Vec<u16>,
+    /// Those in `holders`.
+    settled: Settled,
 }
 
 impl Matches {
     /// Room for matches of slots `0..targets`.
     pub fn new(targets: usize) -> Self {
-        Self { matches: vec![Match::default(); targets], holders: Vec::with_capacity(targets) }
+        Self {
+            matches: vec![Match::default(); targets],
+            holders: Vec::with_capacity(targets),
+            settled: Settled::new(targets),
+        }
     }
 
     /// What the target in `slot` holds.
@@ -139,23 +164,7 @@ impl Matches {
         for slot in self.holders.drain(..) {
             self.matches[usize::from(slot)] = Match::default();
         }
-    }
-
-    #[inline]
-    fn hold(&mut self, slot: u16, blocks: u32) {
-        let Some(found) = self.matches.get_mut(usize::from(slot)) else { return };
-        if found.blocks == 0 {
-            self.holders.push(slot);
-        }
-        found.blocks = blocks;
-    }
-
-    /// Turn depths into bytes.
-    fn settle(&mut self, blocks: &[Block]) {
-        for &slot in &self.holders {
-            let found = &mut self.matches[usize::from(slot)];
-            found.bytes = blocks[found.blocks as usize - 1].credit;
-        }
+        self.settled.clear();
     }
 }
 
@@ -193,20 +202,25 @@ impl PrefixIndex<'_> {
     /// How much of the prompt `blocks` each target holds, for all targets in one walk.
     pub fn lookup(&self, blocks: &[Block], matches: &mut Matches) {
         matches.clear();
-        let mut depths = 1..;
-        for together in blocks.chunks(BLOCKS_TOGETHER) {
+        let Matches { matches, holders, settled } = matches;
+        // From the deepest block up, so that each holder is met once, however many blocks it holds.
+        let mut depth = blocks.len() as u32;
+        for together in blocks.rchunks(BLOCKS_TOGETHER) {
             self.store.table.warm(together.iter().map(|block| block.key));
-            for (block, depth) in together.iter().zip(&mut depths) {
+            for block in together.iter().rev() {
                 if let Some(position) = self.store.table.find(block.key) {
-                    self.store.each_holder(position, |holder| {
-                        if self.clocks.age(holder).is_some() {
-                            matches.hold(holder.slot(), depth);
+                    self.store.settle(position, settled, |holder| {
+                        let is_resident = self.clocks.age(holder).is_some();
+                        if is_resident {
+                            matches[usize::from(holder.slot())] = Match { blocks: depth, bytes: block.credit };
+                            holders.push(holder.slot());
                         }
+                        is_resident
                     });
                 }
+                depth -= 1;
             }
         }
-        matches.settle(blocks);
     }
 
     /// How long ago the target in `slot` was last sent the deepest block of `matched`, as a share of its capacity: what was sent
@@ -214,13 +228,7 @@ impl PrefixIndex<'_> {
     pub fn age(&self, slot: u16, blocks: &[Block], matched: Match) -> f64 {
         let deepest = matched.blocks.checked_sub(1).and_then(|last| blocks.get(last as usize));
         let Some(position) = deepest.and_then(|block| self.store.table.find(block.key)) else { return 0.0 };
-        let mut share = 0.0;
-        self.store.each_holder(position, |holder| {
-            if holder.slot() == slot {
-                share = self.clocks.age_share(holder);
-            }
-        });
-        share
+        self.store.holder(position, slot).map_or(0.0, |holder| self.clocks.age_share(holder))
     }
 
     /// The prompt `blocks` goes to the target in `slot`, which was found to hold `matched` of it; `uncached_bytes` of text are new
@@ -241,7 +249,7 @@ impl PrefixIndex<'_> {
         let claimed = Holder::new(slot, claim.stamp);
         for block in blocks.get(claim.from_block as usize..).unwrap_or_default() {
             if let Some(position) = self.store.table.find(block.key) {
-                self.store.retain(position, |holder| holder != claimed);
+                self.store.remove(position, claimed);
             }
         }
     }

@@ -2,12 +2,17 @@
 //!
 //! Residency is not known here: whoever calls says how old a holder is (`age`: None when it is not resident).
 
+use super::dense::{Dense, Settled};
 use super::rows::{HOLDERS, Rows};
 use super::table::{Entry, Holder, Table};
+
+/// A dense row with so many holders left goes back to a row: some less than its places, so that the next holder finds one.
+const FEW: usize = HOLDERS - 2;
 
 pub(super) struct Store<'m> {
     pub(super) table: Table<'m>,
     pub(super) rows: Rows<'m>,
+    pub(super) dense: Dense<'m>,
 }
 
 impl Store<'_> {
@@ -18,7 +23,41 @@ impl Store<'_> {
             Entry::One(holder) => see(holder),
             Entry::Two(holders) => holders.into_iter().for_each(see),
             Entry::Row(row) if self.rows.belongs(row, position) => self.rows.holders(row).for_each(see),
-            Entry::Row(_) => {}
+            Entry::Dense(row) if self.dense.belongs(row, position) => self.dense.holders(row).for_each(see),
+            Entry::Row(_) | Entry::Dense(_) => {}
+        }
+    }
+
+    /// Show the holders that are not yet in `settled` to `settle`, and add those for which it says so.
+    #[inline]
+    pub(super) fn settle(&self, position: u32, settled: &mut Settled, mut settle: impl FnMut(Holder) -> bool) {
+        match self.table.entry(position) {
+            Entry::Dense(row) if self.dense.belongs(row, position) => self.dense.settle(row, settled, settle),
+            _ => self.each_holder(position, |holder| settled.settle(holder, &mut settle)),
+        }
+    }
+
+    /// What the target in `slot` was stamped with.
+    pub(super) fn holder(&self, position: u32, slot: u16) -> Option<Holder> {
+        match self.table.entry(position) {
+            Entry::Dense(row) if self.dense.belongs(row, position) => self.dense.get(row, slot),
+            _ => {
+                let mut found = None;
+                self.each_holder(position, |holder| {
+                    if holder.slot() == slot {
+                        found = Some(holder);
+                    }
+                });
+                found
+            }
+        }
+    }
+
+    /// `holder` does not hold the block, if it is still stamped as given.
+    pub(super) fn remove(&mut self, position: u32, holder: Holder) {
+        match self.table.entry(position) {
+            Entry::Dense(row) if self.dense.belongs(row, position) => self.dense.remove(row, holder),
+            _ => drop(self.retain(position, |other| other != holder)),
         }
     }
 
@@ -50,7 +89,8 @@ impl Store<'_> {
                 (false, false) => self.table.set(position, Entry::Empty),
             },
             Entry::Row(row) if self.rows.belongs(row, position) => self.retain_row(row, position, keep),
-            Entry::Row(_) => self.table.set(position, Entry::Empty),
+            Entry::Dense(row) if self.dense.belongs(row, position) => self.retain_dense(row, position, keep),
+            Entry::Row(_) | Entry::Dense(_) => self.table.set(position, Entry::Empty),
         }
         self.table.entry(position) == Entry::Empty
     }
@@ -60,14 +100,25 @@ impl Store<'_> {
             return;
         }
         // Few enough to stand in the entry again.
-        let mut left = self.rows.holders(row);
-        let entry = match (left.next(), left.next()) {
-            (Some(first), Some(second)) => Entry::Two([first, second]),
-            (Some(only), None) => Entry::One(only),
-            _ => Entry::Empty,
-        };
-        drop(left);
+        let entry = entry_of(self.rows.holders(row));
         self.table.set(position, entry);
+    }
+
+    fn retain_dense(&mut self, dense_row: u32, position: u32, keep: impl Fn(Holder) -> bool) {
+        let left = self.dense.retain(dense_row, keep);
+        if left <= 2 {
+            let entry = entry_of(self.dense.holders(dense_row));
+            self.table.set(position, entry);
+        } else if left <= FEW {
+            let table = &self.table;
+            let Some(row) = self.rows.claim(position, |owner, row| table.entry(owner) == Entry::Row(row)) else {
+                return;
+            };
+            for holder in self.dense.holders(dense_row) {
+                self.rows.push(row, position, holder);
+            }
+            self.table.set(position, Entry::Row(row));
+        }
     }
 
     fn add(&mut self, position: u32, holder: Holder, age: impl Fn(Holder) -> Option<u32>) {
@@ -90,7 +141,8 @@ impl Store<'_> {
                 self.table.set(position, entry);
             }
             Entry::Row(row) if self.rows.belongs(row, position) => self.add_to_row(row, position, holder, age),
-            Entry::Row(_) => self.table.set(position, Entry::One(holder)),
+            Entry::Dense(row) if self.dense.belongs(row, position) => drop(self.put_dense(row, holder)),
+            Entry::Row(_) | Entry::Dense(_) => self.table.set(position, Entry::One(holder)),
         }
     }
 
@@ -123,9 +175,33 @@ impl Store<'_> {
             self.rows.push(row, position, holder);
         } else {
             let ages = self.rows.holders(row).map(|other| staleness(age(other)));
-            let (place, _) = ages.enumerate().max_by_key(|&(_, age)| age).unwrap_or_default();
-            self.rows.set(row, place, holder);
+            let (place, oldest) = ages.enumerate().max_by_key(|&(_, age)| age).unwrap_or_default();
+            if oldest == staleness(None) || !self.become_dense(row, position, holder) {
+                self.rows.set(row, place, holder);
+            }
         }
+    }
+
+    /// Move the holders of a row and one more to a dense row. False, and nothing is changed, if there is no room for all of them.
+    fn become_dense(&mut self, row: u32, position: u32, holder: Holder) -> bool {
+        let table = &self.table;
+        let claimed = self.dense.claim(position, |owner, row| table.entry(owner) == Entry::Dense(row));
+        let Some(dense_row) = claimed else { return false };
+        // From here on, so that no two of its holders are given the same chunk.
+        self.table.set(position, Entry::Dense(dense_row));
+        for index in 0..=self.rows.count(row) {
+            let each = self.rows.holders(row).nth(index).unwrap_or(holder);
+            if !self.put_dense(dense_row, each) {
+                self.table.set(position, Entry::Row(row));
+                return false;
+            }
+        }
+        true
+    }
+
+    fn put_dense(&mut self, row: u32, holder: Holder) -> bool {
+        let table = &self.table;
+        self.dense.put(row, holder, |owner, row| table.entry(owner) == Entry::Dense(row))
     }
 
     /// Where a new block goes: a free place in the emptier of its buckets, or that of the victim, which is an entry without a
@@ -150,8 +226,12 @@ impl Store<'_> {
         victim
     }
 
-    /// That of its freshest holder.
+    /// That of its freshest holder. What so many hold that it has a dense row is as good as fresh.
     fn staleness(&self, position: u32, age: impl Fn(Holder) -> Option<u32>) -> u32 {
+        if let Entry::Dense(row) = self.table.entry(position) {
+            let is_resident = self.dense.holders(row).any(|holder| age(holder).is_some());
+            return staleness(is_resident.then_some(0));
+        }
         let mut freshest = staleness(None);
         self.each_holder(position, |holder| freshest = freshest.min(staleness(age(holder))));
         freshest
@@ -182,6 +262,12 @@ impl Store<'_> {
                 return Err(format!("row {row} has {} holders", self.rows.count(row)));
             }
         }
+        if let Entry::Dense(row) = entry {
+            if !self.dense.belongs(row, position) {
+                return Err(format!("dense row {row} does not point back"));
+            }
+            self.dense.check_row(row)?;
+        }
         let mut slots = Vec::new();
         self.each_holder(position, |holder| slots.push(holder.slot()));
         slots.sort_unstable();
@@ -189,6 +275,14 @@ impl Store<'_> {
             Some(pair) => Err(format!("target {} holds it twice", pair[0])),
             None => Ok(()),
         }
+    }
+}
+
+fn entry_of(mut holders: impl Iterator<Item = Holder>) -> Entry {
+    match (holders.next(), holders.next()) {
+        (Some(first), Some(second)) => Entry::Two([first, second]),
+        (Some(only), None) => Entry::One(only),
+        _ => Entry::Empty,
     }
 }
 

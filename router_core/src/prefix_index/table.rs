@@ -13,6 +13,7 @@ const EMPTY: u64 = 0;
 const ONE: u64 = 1;
 const TWO: u64 = 2;
 const ROW: u64 = 3;
+const DENSE: u64 = 4;
 
 /// A target that was sent a block, and when by its own clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +21,7 @@ pub(super) struct Holder(pub(super) u32);
 
 impl Holder {
     pub(super) fn new(slot: u16, stamp: u32) -> Self {
-        Self(u32::from(slot) << STAMP_BITS | stamp)
+        Self(u32::from(slot) << STAMP_BITS | stamp & ((1 << STAMP_BITS) - 1))
     }
 
     pub(super) fn slot(self) -> u16 {
@@ -39,6 +40,7 @@ pub(super) enum Entry {
     One(Holder),
     Two([Holder; 2]),
     Row(u32),
+    Dense(u32),
 }
 
 /// A block's depth in its chain in 8 bits: exact up to 127, in steps of 32 from there.
@@ -122,6 +124,7 @@ impl<'m> Table<'m> {
             ONE => Entry::One(holders[0]),
             TWO => Entry::Two(holders),
             ROW => Entry::Row(body as u32),
+            DENSE => Entry::Dense(body as u32),
             _ => Entry::Empty,
         }
     }
@@ -142,6 +145,7 @@ impl<'m> Table<'m> {
             Entry::One(holder) => (ONE, u64::from(holder.0)),
             Entry::Two([first, second]) => (TWO, u64::from(second.0) << 32 | u64::from(first.0)),
             Entry::Row(row) => (ROW, u64::from(row)),
+            Entry::Dense(row) => (DENSE, u64::from(row)),
         };
         *body = new_body;
         *head = *head & !KIND_MASK | kind;
