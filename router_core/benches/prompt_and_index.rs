@@ -28,7 +28,7 @@ fn main() {
         row(&format!("lookup + stamp: known to {holders}"), |size| time_index(size, holders, true));
     }
     row("lookup + stamp: new", |size| time_index(size, 1, false));
-    // Few prefixes, as those that hundreds hold are; 220 KB held by 512 is more than the dense rows of this index have room for.
+    // Few prefixes, as those that hundreds hold are. For 220 KB held by 16 and more this index has too few dense rows.
     for (fleet, holders) in [(16, 1), (1024, 1), (1024, 16), (1024, 512)] {
         row(&format!("hot, lookup: {fleet} targets, {holders} hold"), |size| time_hot(size, fleet, holders, false));
         row(&format!("hot, all: {fleet} targets, {holders} hold"), |size| time_hot(size, fleet, holders, true));
