@@ -23,7 +23,7 @@ class CoreRouter:
         self._places: dict[int, tuple[int, int]] = {}
         self._heads = []
         for worker in range(workload.workers):
-            slots = self.core.add_worker((MODEL,), workload.ranks, workload.engine.kv_tokens, _START)
+            slots = self.core.add_worker((MODEL,), workload.ranks, workload.engine.kv_tokens, None, _START)
             self._heads.append(slots[0])
             self._probe(worker, True, 0.0)
             self._places.update((slot, (worker, rank)) for rank, slot in enumerate(slots))

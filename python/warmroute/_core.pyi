@@ -74,6 +74,11 @@ class RoutedRequest:
     @property
     def prompt_bytes(self) -> int:
         """Length of the routed text (all prompts of a batch), in bytes of decoded text."""
+    @property
+    def rid(self) -> str | None:
+        """The client's name for the request; of a batch, the first."""
+    @property
+    def priority(self) -> int | None: ...
     def blocks(self) -> list[tuple[int, int]]:
         """(key, end in bytes of the text) of each block: equal keys stand for equal text from the beginning."""
     def finish(self, status: int, first_byte_ns: int, now_ns: int) -> None:
@@ -122,6 +127,25 @@ class Lease:
         """
 
 @final
+class Explanation:
+    """What would be decided, and why."""
+
+    @property
+    def policy(self) -> str: ...
+    @property
+    def chosen(self) -> int | None:
+        """The slot; None: nobody is available."""
+    @property
+    def reason(self) -> str:
+        """Which rule of the policy chose it."""
+    @property
+    def prompt_bytes(self) -> int: ...
+    @property
+    def candidates(self) -> list[tuple[int, int, int, int, float | None]]:
+        """By slot: (slot, bytes of the prompt that it holds, requests in flight, outstanding tokens, seconds that the
+        request would cost there, of policies that weigh costs)."""
+
+@final
 class TargetInfo:
     """One target as it stands now; for the admin API and the metrics."""
 
@@ -164,6 +188,9 @@ class TargetInfo:
     def predicted_cached_tokens(self) -> int: ...
     @property
     def completion_tokens(self) -> int: ...
+    @property
+    def sticky_keys(self) -> int:
+        """Routing keys that were given to it by the policy `manual`."""
     @property
     def index_characters(self) -> int:
         """Characters (bytes) of prompt text that the index credits this target with."""
@@ -208,6 +235,8 @@ class Core:
         cache_threshold: float,
         balance_abs_threshold: int,
         balance_rel_threshold: float,
+        assignment_mode: str,
+        max_idle_ns: int,
         max_tree_size: int,
         eviction_interval_ns: int,
         index_memory_bytes: int,
@@ -237,23 +266,27 @@ class Core:
         Workers that failed this request are left out unless `allow_failed`. Raises UnknownModel, RegionBusy.
         """
 
-    def explain(
-        self, path: bytes, routing_headers: bytes, body: bytes, now_ns: int, /
-    ) -> tuple[int | None, str, int, tuple[tuple[int, int, int, int, float | None], ...]]:
-        """(slot that would be chosen now, which rule chooses it, bytes of the prompt, candidates). Has no effect.
+    def explain(self, path: bytes, routing_headers: bytes, body: bytes, now_ns: int, /) -> Explanation:
+        """What would be decided for such a request now. Has no effect, and counts nothing.
 
-        A candidate: (slot, bytes of the prompt that it holds, requests in flight, outstanding tokens, seconds that
-        the request would cost there, of policies that weigh costs). Raises ValueError, UnknownModel, RegionBusy.
+        Raises ValueError, UnknownModel, RegionBusy.
         """
+    def explain_request(self, request: RoutedRequest, now_ns: int, /) -> Explanation:
+        """What `select` would decide now. Has no effect. Raises UnknownModel, RegionBusy."""
 
     # -- workers
-    def add_worker(self, models: Sequence[str], dp_size: int, kv_capacity_tokens: int, now_ns: int, /) -> list[int]:
+    def add_worker(
+        self, models: Sequence[str], dp_size: int, kv_capacity_tokens: int, policy: str | None, now_ns: int, /
+    ) -> list[int]:
         """Claim `dp_size` slots, pending until probes succeed. `models[0]` is the name, the rest are aliases.
 
-        `kv_capacity_tokens` is per rank; 0: unknown. Raises MemoryError when no slot or no place for another model's
-        name is left, ValueError on bad arguments. The calls below raise ValueError when no worker has its head there.
+        `kv_capacity_tokens` is per rank; 0: unknown. `policy` becomes that of the models that nobody served before.
+        Raises MemoryError when no slot or no place for another model's name is left, ValueError on bad arguments. The
+        calls below raise ValueError when no worker has its head there.
         """
-    def update_worker(self, head: int, models: Sequence[str], kv_capacity_tokens: int, now_ns: int, /) -> None:
+    def update_worker(
+        self, head: int, models: Sequence[str], kv_capacity_tokens: int, policy: str | None, now_ns: int, /
+    ) -> None:
         """The worker was asked again. Its slots stay."""
     def restart_worker(self, head: int, now_ns: int, /) -> None:
         """The worker is known to have lost its cache (restart, flush, new weights): forget what it held. O(1)."""
@@ -274,6 +307,10 @@ class Core:
     def load(self, slot: int, /) -> int: ...
     def target(self, slot: int, /) -> TargetInfo: ...
     def targets(self) -> list[TargetInfo]: ...
+    def index_entries(self) -> list[int]:
+        """Blocks of the prefix index that each target holds, by slot. Walks the whole index without the GIL."""
+    def policy_of_model(self, model: str, /) -> str:
+        """By which its requests are routed."""
     def readiness(self) -> tuple[int, int]:
         """(workers available, workers registered)"""
     def series(self) -> list[RequestSeries]: ...

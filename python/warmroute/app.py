@@ -140,6 +140,8 @@ def build_core(config: RouterConfig) -> Core:
         cache_threshold=config.cache_threshold,
         balance_abs_threshold=config.balance_abs_threshold,
         balance_rel_threshold=config.balance_rel_threshold,
+        assignment_mode=config.assignment_mode,
+        max_idle_ns=int(config.max_idle_secs * 1e9),
         max_tree_size=config.max_tree_size,
         eviction_interval_ns=int(config.eviction_interval_secs * 1e9),
         index_memory_bytes=config.index_memory,

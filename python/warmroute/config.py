@@ -11,8 +11,16 @@ from typing import Any, Final, Literal
 from warmroute.directory import parse_worker_url
 
 Policy = Literal[
-    "cache_aware", "consistent_hashing", "least_cost", "least_load", "power_of_two", "round_robin", "random"
+    "cache_aware",
+    "consistent_hashing",
+    "least_cost",
+    "least_load",
+    "manual",
+    "power_of_two",
+    "round_robin",
+    "random",
 ]
+AssignmentMode = Literal["random", "min_load", "min_group"]
 LogLevel = Literal["debug", "info", "warn", "error"]
 
 MIB: Final = 1 << 20
@@ -70,6 +78,7 @@ class RouterConfig:
     record_decisions: str | None = _flag(
         None, "append every decision and what came of it to this file, without text, for bench.simulator", "FILE"
     )
+    log_decisions: float = _flag(0.0, "share of the decisions that are explained in the log, 0 to 1", "SHARE")
     cache_threshold: float = _flag(
         0.5, "cache_aware: follow a prefix match longer than this share of the prompt", "SHARE"
     )
@@ -77,6 +86,12 @@ class RouterConfig:
         32, "cache_aware: loads are imbalanced when max - min exceeds this ...", "REQUESTS"
     )
     balance_rel_threshold: float = _flag(1.5, "... and max exceeds min times this", "FACTOR")
+    assignment_mode: AssignmentMode = _flag(  # noqa: RUF009
+        "random", "manual: who gets a new routing key: anybody, the fewest requests, the fewest keys"
+    )
+    max_idle_secs: float = _flag(
+        4 * 3600.0, "manual: seconds without use after which a routing key is forgotten", "SECONDS"
+    )
     eviction_interval_secs: float = _flag(120.0, "seconds in which the whole prefix index is swept once", "SECONDS")
     max_tree_size: int = _flag(1 << 26, "most characters of prompt the index credits one worker with", "CHARACTERS")
     # A million entries of 16 bytes, each for a block of 128..512 characters.
@@ -168,11 +183,15 @@ def _check_policy(config: RouterConfig) -> None:
     _require_choice(config, "policy", Policy)
     if config.shadow_policy is not None:
         _require_choice(config, "shadow_policy", Policy)
+        watchable = config.shadow_policy != "manual"
+        _require(config, "shadow_policy", watchable, "follows what it gave before, which a shadow never gives")
+    _require_choice(config, "assignment_mode", AssignmentMode)
+    _require(config, "log_decisions", 0 <= config.log_decisions <= 1, "must be between 0 and 1")
     _require(config, "cache_threshold", 0 <= config.cache_threshold <= 1, "must be between 0 and 1")
     _require(config, "balance_abs_threshold", config.balance_abs_threshold >= 0, "must be 0 or more")
     finite = config.balance_rel_threshold < float("inf")
     _require(config, "balance_rel_threshold", config.balance_rel_threshold >= 1 and finite, "must be 1.0 or more")
-    _require_positive(config, "eviction_interval_secs", "max_tree_size")
+    _require_positive(config, "eviction_interval_secs", "max_tree_size", "max_idle_secs")
     _require(config, "index_memory", config.index_memory >= MIB, "must be at least 1048576 (1 MiB)")
     if config.policy == "power_of_two" and len(config.worker_urls) == 1:
         raise ConfigError(

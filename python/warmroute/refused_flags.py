@@ -12,7 +12,7 @@ REFUSED_FLAGS: Final[dict[str, str]] = {
         "prefill/decode disaggregation is not built": (
             "pd-disaggregation mini-lb prefill decode prefill-policy decode-policy prefill-selector decode-selector"
         ),
-        "the bucket and manual policies are not built": "bucket-adjust-interval-secs max-idle-secs assignment-mode",
+        "the bucket policy (prefill/decode disaggregation) is not built": "bucket-adjust-interval-secs",
         "dp ranks are always routed to one by one: leave it out": "dp-aware",
         "several models are always served, by the names their workers tell: leave it out": "enable-igw",
         "the router does not tokenize: it forwards the body as it came": (

@@ -18,4 +18,5 @@ pub mod random;
 pub mod region;
 pub mod router;
 pub mod speed;
+pub mod sticky_keys;
 pub mod target;

@@ -18,7 +18,8 @@ const POOLS: usize = MAX_MODELS + 1;
 const HASHES: usize = 0;
 const SERVED_BY: usize = HASHES + MAX_MODELS;
 const PRIMARY_OF: usize = SERVED_BY + MAX_MODELS;
-const TURNS: usize = PRIMARY_OF + MAX_MODELS;
+const POLICY: usize = PRIMARY_OF + MAX_MODELS;
+const TURNS: usize = POLICY + MAX_MODELS;
 const AVAILABLE: usize = (TURNS + POOLS).next_multiple_of(8);
 
 /// Words of the region that models take.
@@ -60,9 +61,14 @@ impl<'m> Models<'m> {
         self.words[PRIMARY_OF..PRIMARY_OF + MAX_MODELS].iter().any(|&workers| workers > 0)
     }
 
-    /// One more worker serves these models, the first as its own name: their indices as bits, and the first's index.
-    /// None, and nothing is changed, when there are more names than places.
-    pub(crate) fn serve(&mut self, hashes: &[u64]) -> Option<(u64, usize)> {
+    /// The policy that the first worker of this model asked for, as a number of the caller's; 0: none.
+    pub(crate) fn policy(&self, model: usize) -> u64 {
+        self.words[POLICY + model]
+    }
+
+    /// One more worker serves these models, the first as its own name: their indices as bits, and the first's index. `policy`
+    /// becomes that of the models that nobody served before. None, and nothing is changed, when there are more names than places.
+    pub(crate) fn serve(&mut self, hashes: &[u64], policy: u64) -> Option<(u64, usize)> {
         let mut mask = 0;
         let mut primary = None;
         for &hash in hashes {
@@ -75,6 +81,9 @@ impl<'m> Models<'m> {
             };
             if mask & 1 << model == 0 {
                 mask |= 1 << model;
+                if self.served_by(model) == 0 {
+                    self.words[POLICY + model] = policy;
+                }
                 self.words[HASHES + model] = hash;
                 self.words[SERVED_BY + model] += 1;
             }
@@ -141,15 +150,15 @@ mod tests {
         let mut words = fresh();
         let mut models = Models::new(&mut words);
         assert_eq!(models.single(), None);
-        let (first, primary) = models.serve(&[10, 11]).unwrap();
-        let (second, other) = models.serve(&[10, 12, 10]).unwrap();
+        let (first, primary) = models.serve(&[10, 11], 0).unwrap();
+        let (second, other) = models.serve(&[10, 12, 10], 0).unwrap();
         assert_eq!((first, second, primary, other), (0b011, 0b101, 0, 0));
         assert_eq!(models.single(), Some(0));
-        models.serve(&[12]).unwrap();
+        models.serve(&[12], 0).unwrap();
         assert_eq!(models.single(), None);
         models.unserve(first, primary);
         assert_eq!((models.find(10), models.find(11), models.find(12)), (Some(0), None, Some(2)));
-        models.serve(&[13]).unwrap();
+        models.serve(&[13], 0).unwrap();
         assert_eq!(models.find(13), Some(1));
     }
 
@@ -157,13 +166,25 @@ mod tests {
     fn a_65th_name_is_refused_without_a_trace() {
         let mut words = fresh();
         let mut models = Models::new(&mut words);
-        models.serve(&(100..163).collect::<Vec<_>>()).unwrap();
+        models.serve(&(100..163).collect::<Vec<_>>(), 0).unwrap();
         let before = models.words.to_vec();
-        assert_eq!(models.serve(&[100, 200, 201]), None);
+        assert_eq!(models.serve(&[100, 200, 201], 0), None);
         for model in 0..MAX_MODELS {
             assert_eq!(models.served_by(model), before[SERVED_BY + model]);
         }
-        assert!(models.serve(&[100, 200]).is_some());
+        assert!(models.serve(&[100, 200], 0).is_some());
+    }
+
+    #[test]
+    fn the_first_worker_of_a_model_says_its_policy() {
+        let mut words = fresh();
+        let mut models = Models::new(&mut words);
+        let (mask, primary) = models.serve(&[10, 11], 4).unwrap();
+        models.serve(&[11, 12], 5).unwrap();
+        assert_eq!([0, 1, 2].map(|model| models.policy(model)), [4, 4, 5]);
+        models.unserve(mask, primary);
+        models.serve(&[10, 11], 6).unwrap();
+        assert_eq!([0, 1, 2].map(|model| models.policy(model)), [6, 4, 5], "of one that nobody served, anew");
     }
 
     #[test]

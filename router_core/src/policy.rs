@@ -8,11 +8,13 @@ mod cache_aware;
 mod consistent_hashing;
 mod least_cost;
 mod least_load;
+mod manual;
 mod power_of_two;
 mod random;
 mod round_robin;
 
 pub use balance::Balance;
+pub use manual::Assignment;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -20,6 +22,7 @@ use crate::model::{SET_WORDS, bits};
 use crate::prefix_index::{Matches, PrefixIndex};
 use crate::prompt::Block;
 use crate::random::Random;
+use crate::sticky_keys::StickyKeys;
 use crate::target::Targets;
 
 /// Picks a target.
@@ -34,6 +37,11 @@ pub trait Policy: Send + Sync {
     fn cost_seconds(&self, _choice: &Choice<'_, '_>, _slot: u16) -> Option<f64> {
         None
     }
+
+    /// Whether the region shall remember whom a routing key was given to.
+    fn keeps_keys(&self) -> bool {
+        false
+    }
 }
 
 /// What policies can be told. Each reads what it has a use for.
@@ -43,20 +51,63 @@ pub struct Parameters {
     pub cache_threshold: f64,
     /// When loads count as out of balance.
     pub balance: Balance,
+    /// Who gets a new routing key.
+    pub assignment: Assignment,
+    /// For how long a routing key is remembered after its last use.
+    pub max_idle_ns: u64,
 }
 
 /// Makes a policy; by name, in the order of the names.
 type Build = fn(&Parameters) -> Box<dyn Policy>;
 
-const POLICIES: [(&str, Build); 7] = [
+const POLICIES: [(&str, Build); 8] = [
     ("cache_aware", |parameters| Box::new(cache_aware::CacheAware::new(parameters))),
     ("consistent_hashing", |_| Box::new(consistent_hashing::ConsistentHashing)),
     ("least_cost", |_| Box::new(least_cost::LeastCost)),
     ("least_load", |_| Box::new(least_load::LeastLoad)),
+    ("manual", |parameters| Box::new(manual::Manual::new(parameters))),
     ("power_of_two", |_| Box::new(power_of_two::PowerOfTwo)),
     ("random", |_| Box::new(random::Uniform)),
     ("round_robin", |_| Box::new(round_robin::RoundRobin)),
 ];
+
+/// One policy of each name: the fleet's own, and those that models ask for instead.
+pub(crate) struct Policies {
+    built: Vec<Box<dyn Policy>>,
+    default: usize,
+}
+
+impl Policies {
+    /// None when no policy is called `default`.
+    pub(crate) fn new(default: &str, parameters: &Parameters) -> Option<Self> {
+        let default = number(default)?;
+        Some(Self { built: POLICIES.iter().map(|(_, build)| build(parameters)).collect(), default })
+    }
+
+    /// The policy that [`Policies::word_of`] stands for; the fleet's own for 0.
+    pub(crate) fn get(&self, word: u64) -> &dyn Policy {
+        &*self.built[self.place(word)]
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self, word: u64) -> &'static str {
+        POLICIES[self.place(word)].0
+    }
+
+    /// What stands for a policy in the region: 0 for none named, None for one that is not known.
+    pub(crate) fn word_of(name: Option<&str>) -> Option<u64> {
+        name.map_or(Some(0), |name| number(name).map(|number| number as u64 + 1))
+    }
+
+    fn place(&self, word: u64) -> usize {
+        let asked = usize::try_from(word).ok().and_then(|word| word.checked_sub(1));
+        asked.filter(|&asked| asked < self.built.len()).unwrap_or(self.default)
+    }
+}
+
+fn number(name: &str) -> Option<usize> {
+    POLICIES.iter().position(|(known, _)| *known == name)
+}
 
 /// The policies there are.
 pub fn names() -> impl Iterator<Item = &'static str> {
@@ -65,7 +116,7 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 
 /// The policy of that name.
 pub fn by_name(name: &str, parameters: &Parameters) -> Option<Box<dyn Policy>> {
-    POLICIES.iter().find(|(known, _)| *known == name).map(|(_, build)| build(parameters))
+    number(name).map(|number| POLICIES[number].1(parameters))
 }
 
 /// What a policy knows when it picks.
@@ -82,6 +133,8 @@ pub struct Choice<'a, 'm> {
     pub targets: &'a Targets<'m>,
     /// What each target is credited with in all.
     pub index: &'a PrefixIndex<'m>,
+    /// Whom routing keys were given to.
+    pub sticky_keys: &'a StickyKeys<'m>,
     /// What the client says that the request belongs to.
     pub routing_key: Option<u64>,
     /// CLOCK_MONOTONIC.
@@ -211,7 +264,12 @@ mod tests {
 
     #[test]
     fn policies_are_known_by_their_names() {
-        let parameters = Parameters { cache_threshold: 0.5, balance: Balance { absolute: 1, relative: 1.0 } };
+        let parameters = Parameters {
+            cache_threshold: 0.5,
+            balance: Balance { absolute: 1, relative: 1.0 },
+            assignment: Assignment::Random,
+            max_idle_ns: 1,
+        };
         assert!(names().all(|name| by_name(name, &parameters).is_some()));
         assert!(by_name("smallest_tree", &parameters).is_none());
     }

@@ -270,6 +270,22 @@ impl PrefixIndex<'_> {
         self.clocks.characters(slot)
     }
 
+    /// Buckets in all.
+    pub fn buckets(&self) -> usize {
+        self.store.table.buckets()
+    }
+
+    /// Add up in `counts`, by slot, how many blocks of the buckets from `first` to `end` each target holds.
+    pub fn count_blocks(&self, first: usize, end: usize, counts: &mut [u64]) {
+        for position in (first..end.min(self.buckets())).flat_map(Table::positions_of_bucket) {
+            self.store.each_holder(position, |holder| {
+                if let (Some(_), Some(count)) = (self.clocks.age(holder), counts.get_mut(usize::from(holder.slot()))) {
+                    *count += 1;
+                }
+            });
+        }
+    }
+
     /// Whether what comes next drives out what the target in `slot` holds now.
     pub fn is_full(&self, slot: u16) -> bool {
         self.clocks.is_full(slot)

@@ -87,6 +87,10 @@ pub struct Prompt {
     pub batch: u32,
     /// The dp rank that the client insists on (`data_parallel_rank`, `routed_dp_rank`).
     pub pinned_rank: Option<u32>,
+    /// `rid`: the client's name for the request (of a batch: the first), by which it may be aborted.
+    pub rid: Option<String>,
+    /// `priority`, as the worker's scheduler understands it; no policy reads it.
+    pub priority: Option<i64>,
     /// Where in the body a further `,"key":value` can be spliced in: before the brace that closes it. The body has at least one
     /// field, and since the last of duplicate keys wins, what is spliced in there holds.
     pub splice_offset: usize,

@@ -10,6 +10,7 @@
 //! lock       a cache line                                        (region/robust_lock.rs)
 //! models     names as hashes, availability bitsets               (model.rs)
 //! targets    columns [slot], and per process [process][slot]     (target.rs)
+//! keys       whom routing keys were given to                      (sticky_keys.rs)
 //! index      prefix index                                        (prefix_index.rs)
 //! ```
 #![allow(unsafe_code, reason = "slices of memory that other processes map too")]
@@ -29,6 +30,7 @@ use crate::error::Error;
 use crate::model::{self, Models};
 use crate::prefix_index::{self, PrefixIndex};
 use crate::random::Random;
+use crate::sticky_keys::{self, StickyKeys};
 use crate::target::{self, Targets};
 use mapping::Mapping;
 use robust_lock::{Locked, RobustLock};
@@ -38,7 +40,7 @@ pub const MAX_TARGETS: usize = prefix_index::MAX_TARGETS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"warmrout");
 /// Changes with every change of what stands where that sizes do not show.
-const LAYOUT_VERSION: u64 = 2;
+const LAYOUT_VERSION: u64 = 3;
 
 /// A cache line. Sections begin on one: the index counts on it.
 const LINE_WORDS: usize = 8;
@@ -62,6 +64,7 @@ pub struct Layout {
     processes: usize,
     models: Range<usize>,
     targets: Range<usize>,
+    sticky_keys: Range<usize>,
     index: Range<usize>,
     index_layout: prefix_index::Layout,
 }
@@ -73,8 +76,9 @@ impl Layout {
         let section = |start: usize, words: usize| start..start + words;
         let models = section(HEADER_WORDS + robust_lock::WORDS, model::WORDS);
         let targets = section(models.end.next_multiple_of(LINE_WORDS), target::words(processes));
-        let index = section(targets.end.next_multiple_of(LINE_WORDS), index_layout.words());
-        Self { processes, models, targets, index, index_layout }
+        let sticky_keys = section(targets.end.next_multiple_of(LINE_WORDS), sticky_keys::WORDS);
+        let index = section(sticky_keys.end.next_multiple_of(LINE_WORDS), index_layout.words());
+        Self { processes, models, targets, sticky_keys, index, index_layout }
     }
 
     /// Of the whole block.
@@ -182,7 +186,9 @@ impl Region {
         guard.header()[HOLDER_WORD] = self.process as u64 + 1;
         if guard.from_the_dead {
             // It may have died between a column and its total.
-            guard.state().targets.recount();
+            let mut state = guard.state();
+            state.targets.recount();
+            state.sticky_keys.recount(&mut state.targets);
         }
         Ok(guard)
     }
@@ -249,14 +255,17 @@ impl Guard<'_> {
         let layout = &self.region.layout;
         let process = self.region.process;
         // SAFETY: the guard has the lock, and the sections do not overlap.
-        let (header, models, targets, index) = unsafe {
+        let (header, models, targets, keys, index) = unsafe {
             let words = |range: &Range<usize>| self.region.words(range.clone());
-            (self.region.words(0..HEADER_WORDS), words(&layout.models), words(&layout.targets), words(&layout.index))
+            let (models, targets) = (words(&layout.models), words(&layout.targets));
+            let header = self.region.words(0..HEADER_WORDS);
+            (header, models, targets, words(&layout.sticky_keys), words(&layout.index))
         };
         State {
             random: Random(&mut header[RANDOM_WORD]),
             models: Models::new(models),
             targets: Targets::new(targets, layout.processes, process),
+            sticky_keys: StickyKeys::new(keys),
             index: layout.index_layout.attach(index),
         }
     }
@@ -282,6 +291,8 @@ pub struct State<'m> {
     pub models: Models<'m>,
     /// What is known of each target.
     pub targets: Targets<'m>,
+    /// Whom routing keys were given to.
+    pub sticky_keys: StickyKeys<'m>,
     /// What each target probably holds in its cache.
     pub index: PrefixIndex<'m>,
 }
@@ -308,7 +319,8 @@ mod tests {
         drop(guard);
         region.check_header().unwrap();
         assert!(region.memory.start().addr().is_multiple_of(64));
-        for section in [&region.layout.models, &region.layout.targets, &region.layout.index] {
+        for section in [&region.layout.models, &region.layout.targets, &region.layout.sticky_keys, &region.layout.index]
+        {
             assert!(section.start.is_multiple_of(LINE_WORDS));
         }
     }

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::error::Error;
 use crate::metrics::{Slab, TargetCounter};
 use crate::model::ANY;
-use crate::policy::{self, Candidates, Choice, Policy};
+use crate::policy::{self, Candidates, Choice, Policies, Policy};
 use crate::prefix_index::Matches;
 use crate::prompt::{BadRequest, Endpoint, PromptReader};
 use crate::region::{Guard, MAX_TARGETS, Region, State};
@@ -55,7 +55,7 @@ pub struct Transition {
 /// The engine. One per process, shared by reference.
 pub struct Router {
     settings: Settings,
-    policy: Box<dyn Policy>,
+    policies: Policies,
     shadow: Option<Shadow>,
     reader: PromptReader,
     region: Region,
@@ -81,13 +81,12 @@ impl Router {
     /// [`Error::Invalid`] names the setting that cannot be.
     pub fn on(region: Region, settings: Settings) -> Result<Arc<Self>, Error> {
         settings.validate()?;
-        let policy = |name: &String| {
-            let unknown = || Error::Invalid(format!("no policy is called {name:?}"));
-            policy::by_name(name, &settings.policy_parameters).ok_or_else(unknown)
-        };
+        let parameters = &settings.policy_parameters;
+        let policies = Policies::new(&settings.policy, parameters).ok_or_else(|| no_policy(&settings.policy))?;
+        let shadow = settings.shadow_policy.as_ref().map(|name| Shadow::of(name, parameters)).transpose()?;
         Ok(Arc::new(Self {
-            policy: policy(&settings.policy)?,
-            shadow: settings.shadow_policy.as_ref().map(policy).transpose()?.map(Shadow::new),
+            policies,
+            shadow,
             reader: PromptReader::new(settings.hash_seed),
             region,
             slab: Slab::new(settings.duration_buckets_ns.clone()),
@@ -147,18 +146,24 @@ impl Router {
             explain::watch(&state, model, request, &candidates, &matches, now_ns, look);
             (shadow, picked)
         });
-        let slot = self.policy.pick(&mut Choice {
+        let policy = self.policy_of(&state, model);
+        let slot = policy.pick(&mut Choice {
             candidates: &candidates,
             blocks: &request.prompt().blocks,
             matches: &matches,
             prompt_bytes: request.prompt().routed_bytes,
             targets: &state.targets,
             index: &state.index,
+            sticky_keys: &state.sticky_keys,
             routing_key: request.routing_key(),
             now_ns,
             random: &mut state.random,
             turn: state.models.turn(model),
         });
+        if let (true, Some(key)) = (policy.keeps_keys(), request.routing_key()) {
+            let max_idle_ns = self.settings.policy_parameters.max_idle_ns;
+            state.sticky_keys.remember(key, slot, now_ns, max_idle_ns, &mut state.targets);
+        }
         if let Some((shadow, picked)) = shadows_pick {
             shadow.observe(picked == slot);
         }
@@ -261,6 +266,11 @@ impl Router {
         }
     }
 
+    /// The policy of a model: its own if its first worker asked for one.
+    fn policy_of(&self, state: &State<'_>, model: usize) -> &dyn Policy {
+        self.policies.get(policy_word(state, model))
+    }
+
     /// Whoever's breaker has been open for long enough is half-open now.
     fn wake_breakers(&self, state: &mut State<'_>, now_ns: u64) {
         if !state.targets.take_wake(now_ns) {
@@ -294,6 +304,17 @@ impl Router {
             && !targets.draining(head)
             && targets.breaker(head).admits(targets.permits(head), &self.settings.breaker)
     }
+}
+
+/// What the region says of a model's policy; of [`ANY`], that of the only model there is.
+fn policy_word(state: &State<'_>, model: usize) -> u64 {
+    let model = if model == ANY { state.models.single() } else { Some(model) };
+    model.map_or(0, |model| state.models.policy(model))
+}
+
+fn no_policy(name: &str) -> Error {
+    let names: Vec<&str> = policy::names().collect();
+    Error::Invalid(format!("no policy is called {name:?}, only {}", names.join(", ")))
 }
 
 /// Who can get the request: available for its model, of the rank its client insists on, not yet failed.

@@ -53,8 +53,10 @@ pub(crate) enum Field {
     OutstandingTokens,
     Permits,
     HeldTokens,
+    /// Routing keys that were given to it (`sticky_keys.rs`).
+    StickyKeys,
 }
-const FIELDS: usize = Field::HeldTokens as usize + 1;
+const FIELDS: usize = Field::StickyKeys as usize + 1;
 
 /// Fields that each process keeps for itself.
 #[derive(Clone, Copy)]

@@ -111,7 +111,7 @@ impl Twin {
             Call::Update { worker, other_model } => {
                 if let Some(head) = self.head(worker) {
                     let models = [model(other_model).to_owned(), "alias".to_owned()];
-                    self.fleet.router.update_worker(head, &models, 1_000).unwrap();
+                    self.fleet.router.update_worker(head, &models, 1_000, None).unwrap();
                 }
             }
             Call::Probe { worker, ok } => drop(self.head(worker).map(|head| self.fleet.probe(head, ok))),

@@ -244,10 +244,10 @@ fn capacity_is_fixed() {
     let fleet = Fleet::new(settings(), 0);
     assert_eq!(fleet.add(&[MODEL], 4_095).len(), 4_095);
     assert_eq!(fleet.add(&[MODEL], 1), [4_095]);
-    assert!(fleet.router.add_worker(&[MODEL.to_owned()], 1, 0).is_err());
+    assert!(fleet.router.add_worker(&[MODEL.to_owned()], 1, 0, None).is_err());
     assert!(fleet.select(&fleet.text("x")).slot() < 4_096);
     for (models, ranks) in [(vec![], 1), (vec![String::new()], 1), (vec![MODEL.to_owned()], 0)] {
-        assert!(fleet.router.add_worker(&models, ranks, 0).is_err());
+        assert!(fleet.router.add_worker(&models, ranks, 0, None).is_err());
     }
     for slot in [1, 4_096, u16::MAX] {
         assert!(fleet.router.remove_worker(slot).is_err());

@@ -371,6 +371,20 @@ fn seeds_give_other_keys() {
 }
 
 #[test]
+fn a_request_has_a_name_and_a_priority_for_its_worker() {
+    let read = |fields: &str| {
+        let body = format!(r#"{{"text":"x"{fields}}}"#);
+        let prompt = read(Endpoint::Generate, body.as_bytes()).expect("a prompt");
+        (prompt.rid, prompt.priority)
+    };
+    let rid = |text: &str| Some(text.to_owned());
+    assert_eq!(read(""), (None, None));
+    assert_eq!(read(r#","rid":"a","priority":3,"rid":"b""#), (rid("b"), Some(3)));
+    assert_eq!(read(r#","rid":["c","d"],"priority":-2"#), (rid("c"), Some(-2)));
+    assert_eq!(read(r#","rid":{},"priority":1.5"#), (None, None));
+}
+
+#[test]
 fn what_is_spliced_in_holds() {
     let body = b" {\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"data_parallel_rank\":0} \n";
     let prompt = read(Endpoint::Chat, body).expect("a chat");

@@ -7,13 +7,15 @@ use std::collections::BTreeSet;
 use fleet::{Fleet, MODEL, SECOND, settings};
 use router_core::error::Error;
 use router_core::outcome::{Outcome, OutcomeKind};
-use router_core::policy::{Balance, Parameters};
+use router_core::policy::Balance;
 use router_core::prompt::Endpoint;
 use router_core::router::Settings;
 
 fn with(cache_threshold: f64, absolute: u64, relative: f64) -> Settings {
-    let policy_parameters = Parameters { cache_threshold, balance: Balance { absolute, relative } };
-    Settings { policy_parameters, ..settings() }
+    let mut settings = settings();
+    settings.policy_parameters.cache_threshold = cache_threshold;
+    settings.policy_parameters.balance = Balance { absolute, relative };
+    settings
 }
 
 #[test]
@@ -257,7 +259,7 @@ fn a_model_follows_what_its_worker_says_now() {
     let fleet = Fleet::new(settings(), 0);
     fleet.add(&["a"], 2);
     fleet.add(&["b"], 1);
-    fleet.router.update_worker(0, &["c".to_owned()], 0).unwrap();
+    fleet.router.update_worker(0, &["c".to_owned()], 0, None).unwrap();
     assert_eq!(fleet.try_select(&fleet.for_model("a")).err(), Some(Error::UnknownModel("a".to_owned())));
     assert!(fleet.select(&fleet.for_model("c")).slot() < 2);
     fleet.router.remove_worker(2).unwrap();

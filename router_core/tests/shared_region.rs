@@ -34,7 +34,7 @@ fn router_with_workers(workers: usize) -> (Arc<Router>, File) {
     let (region, file) = shared();
     let router = Router::on(region, settings()).unwrap();
     for _ in 0..workers {
-        let slots = router.add_worker(&[MODEL.to_owned()], 1, 1_000).unwrap();
+        let slots = router.add_worker(&[MODEL.to_owned()], 1, 1_000, None).unwrap();
         router.observe_probe(slots[0], true).unwrap();
     }
     (router, file)

@@ -20,6 +20,8 @@ def core(workers: int = 0, **changed: Any) -> Core:
         "cache_threshold": 0.5,
         "balance_abs_threshold": 32,
         "balance_rel_threshold": 1.5,
+        "assignment_mode": "random",
+        "max_idle_ns": 4 * 3600 * SECOND,
         "max_tree_size": 1 << 26,
         "eviction_interval_ns": 120 * SECOND,
         "index_memory_bytes": 1 << 20,
@@ -43,7 +45,7 @@ def core(workers: int = 0, **changed: Any) -> Core:
 
 def add(core: Core, models: tuple[str, ...] = (MODEL,), dp_size: int = 1) -> list[int]:
     """A ready worker."""
-    slots = core.add_worker(models, dp_size, 0, NOW)
+    slots = core.add_worker(models, dp_size, 0, None, NOW)
     core.observe_probe(slots[0], True, NOW)
     return slots
 

@@ -137,7 +137,7 @@ def test_read_takes_bytes_and_routed_paths_only() -> None:
 def test_nobody_is_none_and_an_unknown_model_is_an_error() -> None:
     made = core()
     assert made.select(read(made, chat("x")), NOW, False) is None
-    made.add_worker([MODEL], 1, 0, NOW)
+    made.add_worker([MODEL], 1, 0, None, NOW)
     assert made.select(read(made, chat("x")), NOW, False) is None, "pending"
     add(made, ("other",))
     assert made.select(read(made, chat("x")), NOW, False) is None, "known, but only by the pending one"
@@ -185,7 +185,7 @@ def test_a_lease_keeps_what_it_needs() -> None:
 
 def test_transitions_say_what_moved() -> None:
     made = core(breaker_failure_threshold=2)
-    (slot,) = made.add_worker([MODEL], 1, 0, NOW)
+    (slot,) = made.add_worker([MODEL], 1, 0, None, NOW)
     (moved,) = made.observe_probe(slot, True, NOW)
     assert (moved.head, moved.machine, moved.previous, moved.current) == (0, "health", "pending", "ready")
     assert release(select(made, chat("x")), OutcomeKind.ANSWERED, 500) == ()
@@ -234,7 +234,7 @@ def test_workers_come_change_and_go() -> None:
     assert add(made, ("a", "alias"), 2) == [0, 1]
     assert add(made, ("b",)) == [2]
     assert made.readiness() == (2, 2)
-    made.update_worker(2, ["c"], 1_000, NOW)
+    made.update_worker(2, ["c"], 1_000, None, NOW)
     assert route(made, chat("x", model="c")) == 2
     assert route(made, chat("x", model="alias")) in (0, 1)
     made.drain_worker(0)
@@ -274,9 +274,9 @@ def test_a_worker_that_restarted_holds_nothing() -> None:
 def test_mistakes_are_refused() -> None:
     made = core(1)
     for call in (
-        lambda: made.add_worker([], 1, 0, NOW),
-        lambda: made.add_worker([MODEL], 0, 0, NOW),
-        lambda: made.update_worker(1, [MODEL], 0, NOW),
+        lambda: made.add_worker([], 1, 0, None, NOW),
+        lambda: made.add_worker([MODEL], 0, 0, None, NOW),
+        lambda: made.update_worker(1, [MODEL], 0, None, NOW),
         lambda: made.remove_worker(1),
         lambda: made.drain_worker(4_096),
         lambda: made.restart_worker(1, NOW),
@@ -287,9 +287,9 @@ def test_mistakes_are_refused() -> None:
         with pytest.raises(ValueError, match="worker"):
             call()
     with pytest.raises(MemoryError):
-        made.add_worker([MODEL], 4_096, 0, NOW)
+        made.add_worker([MODEL], 4_096, 0, None, NOW)
     with pytest.raises(MemoryError):
-        made.add_worker([f"model {i}" for i in range(65)], 1, 0, NOW)
+        made.add_worker([f"model {i}" for i in range(65)], 1, 0, None, NOW)
     made.check_integrity()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.core.fleet import NOW, SECOND, add, chat, core, release, route, select
+from tests.core.fleet import CHAT, NOW, SECOND, add, chat, core, read, release, route, select
 
 
 @pytest.mark.parametrize(("cache_threshold", "to_holder"), [(0.3, True), (0.6, False)])
@@ -101,12 +101,106 @@ def test_a_decision_says_why() -> None:
     made = core(3)
     body = chat("What is a cache? " * 50)
     explained = made.explain(b"/v1/chat/completions", b"", body, NOW)
-    assert explained[1] == "nobody holds enough: most room among short queues"
+    assert explained.reason == "nobody holds enough: most room among short queues"
     holder = route(made, body)
-    chosen, reason, prompt_bytes, candidates = made.explain(b"/v1/chat/completions", b"", body, NOW)
-    assert (chosen, reason) == (holder, "holds most of the prompt")
-    assert [slot for slot, *_ in candidates] == [0, 1, 2]
-    assert [held for _, held, *_ in candidates] == [prompt_bytes if slot == holder else 0 for slot in range(3)]
-    assert {cost for *_, cost in candidates} == {None}
-    assert made.explain(b"/v1/chat/completions", b"", chat("x"), NOW)[0] is not None
-    assert core(0).explain(b"/v1/chat/completions", b"", chat("x"), NOW)[:2] == (None, "nobody is available")
+    for explained in (made.explain(CHAT, b"", body, NOW), made.explain_request(read(made, body), NOW)):
+        assert (explained.policy, explained.chosen) == ("cache_aware", holder)
+        assert explained.reason == "holds most of the prompt"
+        assert [slot for slot, *_ in explained.candidates] == [0, 1, 2]
+        held = [explained.prompt_bytes if slot == holder else 0 for slot in range(3)]
+        assert [match_bytes for _, match_bytes, *_ in explained.candidates] == held
+        assert {cost for *_, cost in explained.candidates} == {None}
+    assert made.explain(CHAT, b"", chat("x"), NOW).chosen is not None
+    nobody = core(0).explain(CHAT, b"", chat("x"), NOW)
+    assert (nobody.chosen, nobody.reason) == (None, "nobody is available")
+
+
+def test_what_is_explained_is_what_is_selected() -> None:
+    made = core(8, policy="random")
+    for _ in range(50):
+        request = read(made, chat("x"))
+        explained = made.explain_request(request, NOW)
+        lease = made.select(request, NOW, False)
+        assert lease is not None
+        assert lease.slot == explained.chosen
+
+
+def test_a_routing_key_is_sticky_and_fails_over() -> None:
+    made = core(4, policy="manual")
+
+    def of_key(key: str, now: int = NOW) -> int:
+        request = made.read(CHAT, f"x-smg-routing-key: {key}\r\n".encode(), chat("x"), now)
+        lease = made.select(request, now, False)
+        assert lease is not None
+        release(lease)
+        return lease.slot
+
+    first = of_key("a")
+    assert {of_key("a") for _ in range(20)} == {first}
+    for _ in range(3):
+        made.observe_probe(first, False, NOW)
+    second = of_key("a")
+    assert {of_key("a") for _ in range(20)} == {second} != {first}
+    made.observe_probe(first, True, NOW)
+    assert of_key("a") == first
+    assert len({of_key(f"key {number}") for number in range(64)}) == 4
+    assert sum(target.sticky_keys for target in made.targets()) == 66
+    made.evict(NOW + 4 * 3600 * SECOND + 1, 1 << 20)
+    assert sum(target.sticky_keys for target in made.targets()) == 0
+    made.check_integrity()
+
+
+@pytest.mark.parametrize("assignment_mode", ["min_load", "min_group"])
+def test_assignment_mode(assignment_mode: str) -> None:
+    made = core(2, policy="manual", assignment_mode=assignment_mode)
+    lease = made.select(made.read(CHAT, b"x-smg-routing-key: 1\r\n", chat("x"), NOW), NOW, False)
+    assert lease is not None
+    has_a_key, other = lease.slot, 1 - lease.slot
+    release(lease)
+    in_flight = []
+    while made.load(other) <= made.load(has_a_key):
+        in_flight.append(select(made, chat("y")))  # without a key: anywhere, and not remembered
+    chosen = made.explain(CHAT, b"x-smg-routing-key: 2\r\n", chat("x"), NOW).chosen
+    assert chosen == (has_a_key if assignment_mode == "min_load" else other)
+
+
+def test_max_idle() -> None:
+    made = core(32, policy="manual", max_idle_ns=10 * SECOND)
+
+    def at(now: int) -> int:
+        lease = made.select(made.read(CHAT, b"x-session-id: s\r\n", chat("x"), now), now, False)
+        assert lease is not None
+        release(lease)
+        return lease.slot
+
+    assert len({at(NOW + second * SECOND) for second in range(0, 100, 10)}) == 1
+    assert len({at(NOW + second * SECOND) for second in range(200, 300, 11)}) > 1
+
+
+def test_a_model_has_the_policy_of_its_first_worker() -> None:
+    made = core(0)
+    add(made, ("plain",))
+    for policy in ("round_robin", "manual"):  # the second worker's word does not count
+        made.observe_probe(made.add_worker(("turns",), 1, 0, policy, NOW)[0], True, NOW)
+    assert made.policy_of_model("plain") == "cache_aware"
+    assert made.policy_of_model("turns") == "round_robin"
+    slots = [route(made, chat("the same", model="turns")) for _ in range(6)]
+    assert slots in ([1, 2] * 3, [2, 1] * 3)
+    made.remove_worker(1)
+    assert made.policy_of_model("turns") == "round_robin"
+    made.remove_worker(2)
+    made.add_worker(("turns",), 1, 0, None, NOW)
+    assert made.policy_of_model("turns") == "cache_aware"
+    with pytest.raises(ValueError, match='no policy is called "sticky", only cache_aware'):
+        made.add_worker(("turns",), 1, 0, "sticky", NOW)
+
+
+def test_blocks_are_counted_per_target() -> None:
+    made = core(3)
+    assert made.index_entries() == [0, 0, 0]
+    holder = route(made, chat("k" * 1_000))
+    blocks = len(read(made, chat("k" * 1_000)).blocks())
+    assert blocks > 3
+    assert made.index_entries() == [blocks if slot == holder else 0 for slot in range(3)]
+    made.restart_worker(holder, NOW)
+    assert made.index_entries() == [0, 0, 0]

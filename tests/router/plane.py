@@ -35,7 +35,7 @@ class Plane:
     def add(self, worker: FakeWorker, authorization: bytes | None = None) -> list[int]:
         """Register a worker as ready, as control does after its probes."""
         facts = worker.facts
-        slots = self.core.add_worker(list(facts.models), facts.dp_size, facts.kv_tokens, monotonic_ns())
+        slots = self.core.add_worker(list(facts.models), facts.dp_size, facts.kv_tokens, None, monotonic_ns())
         self.directory.put(
             slots,
             WorkerAddress(

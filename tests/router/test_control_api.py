@@ -35,8 +35,18 @@ async def test_registration_is_accepted_then_ready() -> None:
         assert (info["is_healthy"], info["load"], info["dp_size"], info["job_status"]) == (True, 0, 2, None)
         assert info["kv_capacity_tokens"] == worker.facts.kv_tokens
         assert [(t["dp_rank"], t["available"], t["load"]) for t in info["targets"]] == [(0, True, 0), (1, True, 0)]
-        for key in ("predicted_cached_tokens", "reported_cached_tokens", "index_characters"):
+        for key in ("predicted_cached_tokens", "reported_cached_tokens", "index_characters", "index_entries"):
             assert info["targets"][0][key] == 0
+
+
+async def test_a_label_says_how_a_model_is_routed(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeWorker() as first, FakeWorker() as second, running_control() as control:
+        for worker, policy in ((first, "least_load"), (second, "random")):
+            worker_id = await control.register(worker.url, labels={"policy": policy})
+            info = await control.reaches(worker_id, "ready")
+            assert info["policy"] == "least_load", "the first worker of a model says it"
+    assert f"worker {second.url}: its label asks for policy random, but its model has least_load" in caplog.text
+    assert first.url not in caplog.text
 
 
 async def test_registration_of_a_worker_that_is_not_there_yet() -> None:

@@ -133,6 +133,7 @@ BAD_SPECS = [
     (b'{"url": "ftp://w"}', "url: 'ftp://w' is not a worker URL"),
     (b'{"url": "w:1", "worker_type": "prefill"}', "worker_type: 'prefill' is not supported"),
     (b'{"url": "w:1", "labels": {"a": 1}}', "labels: must map names to strings"),
+    (b'{"url": "w:1", "labels": {"policy": "sticky"}}', "labels.policy: 'sticky' is not one of cache_aware, "),
     (b'{"url": "w:1", "labels": []}', "labels: must be of type dict"),
     (b'{"url": "w:1", "priority": "high"}', "priority: must be of type int"),
     (b'{"url": "w:1", "disable_health_check": 1}', "disable_health_check: must be of type bool"),

@@ -1,6 +1,9 @@
 """The registry with a real core: no sockets, time passed in."""
 
+import gc
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +22,7 @@ FACTS = WorkerFacts(("m", "alias"), 2, 100_000, "sglang", 8192)
 
 class Fleet:
     def __init__(self) -> None:
-        self.core: Core = build_core(RouterConfig(seed=1, hash_seed=2))
+        self.core: Core = build_core(RouterConfig(seed=1, hash_seed=2, index_memory=1 << 20))
         self.directory = Directory()
         self.registry = Registry(self.core, self.directory, DRAIN_NS, indexed_bytes=1_000_000)
 
@@ -69,7 +72,7 @@ def test_draining_worker_gets_nothing_and_goes_when_it_is_idle() -> None:
     assert fleet.registry.worker(worker.worker_id) is None
     assert fleet.core.targets() == []
     assert fleet.directory.models() == []
-    assert fleet.registry.retired_selections == {"m": 1}
+    assert fleet.registry.retired_selections == {("m", "cache_aware"): 1}
     fleet.core.check_integrity()
 
 
@@ -151,6 +154,31 @@ def test_two_thousand_registrations_leave_nothing() -> None:
     assert fleet.core.targets() == []
     assert fleet.directory.models() == []
     fleet.core.check_integrity()
+
+
+def test_ten_thousand_workers_that_came_and_went_leave_no_memory_behind() -> None:
+    fleet = Fleet()
+
+    def cycles(count: int, first: int) -> int:
+        for number in range(first, first + count):
+            worker = fleet.ready(f"http://w{number}:1")
+            lease = fleet.core.select(fleet.core.read(b"/generate", b"", b'{"text": "%d"}' % number, 0), 0, False)
+            assert lease is not None
+            release(lease, 0)
+            fleet.registry.drain(worker, 0)
+            assert fleet.registry.settle(0) == [worker]
+        gc.collect()
+        return resident_bytes()
+
+    before = cycles(10_000, 0)  # which has used every page of the index
+    grown = cycles(10_000, 10_000) - before
+    assert grown < 1 << 20, f"{grown / 10_000:.0f} bytes a worker"
+    assert (len(fleet.registry), fleet.core.targets(), fleet.directory.models()) == (0, [], [])
+    fleet.core.check_integrity()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_an_index_that_is_too_small_for_the_fleet_is_told(caplog: pytest.LogCaptureFixture) -> None:

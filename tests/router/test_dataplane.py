@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,25 @@ async def test_a_rank_and_a_key_in_the_headers_reach_the_policy() -> None:
         for _ in range(6):
             await router.client.post(CHAT, json=chat(), headers={"X-Session-ID": "abc"})
         assert sorted(target.selections for target in router.core.targets()) == [0, 6]
+
+
+async def test_decisions_are_explained_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with FakeWorker() as one, FakeWorker() as two, running([one, two], log_decisions=1.0) as router:
+        for _ in range(2):
+            await router.client.post(CHAT, json=chat("a prompt " * 50), headers={"x-request-id": "its-name"})
+        await one.stop()
+        await two.stop()
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("decision its-name")]
+    holder = one if f"-> {one.url}" in lines[1] else two
+    assert len(lines) == 2
+    assert "nobody holds enough" in lines[0]
+    assert f"-> {holder.url} (cache_aware: holds most of the prompt); {holder.url} holds 4" in lines[1]
+    assert "a prompt a prompt" not in caplog.text
+    caplog.clear()
+    async with FakeWorker() as one, running([one]) as router:
+        await router.client.post(CHAT, json=chat("x"))
+    assert "decision" not in caplog.text
 
 
 async def test_decisions_are_recorded_without_text(tmp_path: Path) -> None:

@@ -56,13 +56,11 @@ class ControlPlane:
         self._prober = Prober(config, core, self.registry, self._client, schedule, monotonic_ns, self._wake.set)
         self.metrics = CollectorRegistry(auto_describe=False)
         self.metrics.register(
-            RouterCollector(
-                core, self.registry, self._prober, counts, config.policy, config.prometheus_duration_buckets
-            )
+            RouterCollector(core, self.registry, self._prober, counts, config.prometheus_duration_buckets)
         )
         ProcessCollector(registry=self.metrics)
         worker_api = WorkerApi(self.registry, self._prober, monotonic_ns)
-        debug_api = DebugApi(core, self.registry, config.policy, monotonic_ns)
+        debug_api = DebugApi(core, self.registry, monotonic_ns)
         fleet_api = FleetApi(self.registry, self._client, monotonic_ns)
         app = control_app(settings, core, counts, self.metrics, worker_api, fleet_api, debug_api)
         self._runner = web.AppRunner(

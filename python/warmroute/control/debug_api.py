@@ -16,10 +16,9 @@ DEFAULT_PATH = "/v1/chat/completions"
 class DebugApi:
     """`clock`: CLOCK_MONOTONIC in ns."""
 
-    def __init__(self, core: Core, registry: Registry, policy: str, clock: Callable[[], int]) -> None:
+    def __init__(self, core: Core, registry: Registry, clock: Callable[[], int]) -> None:
         self._core = core
         self._registry = registry
-        self._policy = policy
         self._clock = clock
 
     def routes(self) -> list[web.RouteDef]:
@@ -37,13 +36,13 @@ class DebugApi:
             return refuse(ErrorCode.ROUTER_BUSY, "The router is overloaded; try again")
         except ValueError as error:
             return refuse(ErrorCode.INVALID_REQUEST, str(error))
-        chosen, reason, prompt_bytes, candidates = explained
+        chosen = explained.chosen
         return web.json_response(
             {
-                "policy": self._policy,
+                "policy": explained.policy,
                 "chosen": None if chosen is None else self._name(chosen),
-                "reason": reason,
-                "prompt_bytes": prompt_bytes,
+                "reason": explained.reason,
+                "prompt_bytes": explained.prompt_bytes,
                 "candidates": [
                     self._name(slot)
                     | {
@@ -52,7 +51,7 @@ class DebugApi:
                         "outstanding_tokens": outstanding_tokens,
                         "cost_seconds": cost,
                     }
-                    for slot, match_bytes, load, outstanding_tokens, cost in candidates
+                    for slot, match_bytes, load, outstanding_tokens, cost in explained.candidates
                 ],
             }
         )

@@ -48,14 +48,12 @@ class RouterCollector(Collector):
         registry: Registry,
         prober: Prober,
         counts: HttpCounts,
-        policy: str,
         duration_buckets: Sequence[float],
     ) -> None:
         self._core = core
         self._registry = registry
         self._prober = prober
         self._counts = counts
-        self._policy = policy
         self._bounds = [*map(_bound, duration_buckets), "+Inf"]
 
     def collect(self) -> Iterator[Metric]:
@@ -83,7 +81,7 @@ class RouterCollector(Collector):
         checks.add_metric(("regular", "success"), self._prober.checks[True])
         checks.add_metric(("regular", "failure"), self._prober.checks[False])
         yield checks
-        yield from worker_metrics(self._registry, self._policy)
+        yield from worker_metrics(self._registry)
 
     def _requests(self, series: Iterable[RequestSeries]) -> Iterator[Metric]:
         requests = CounterMetricFamily(

@@ -57,7 +57,10 @@ class WorkerApi:
         worker = self._found(request)
         if isinstance(worker, web.Response):
             return worker
-        return web.json_response(worker_info(self._registry, worker), dumps=_dumps)
+        shown = worker_info(self._registry, worker)
+        for target, entries in zip(shown["targets"], await self._registry.index_entries(worker), strict=False):
+            target["index_entries"] = entries
+        return web.json_response(shown, dumps=_dumps)
 
     async def remove(self, request: web.Request) -> web.Response:
         worker = self._found(request)

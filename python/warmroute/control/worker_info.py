@@ -20,6 +20,7 @@ def worker_info(registry: Registry, worker: Worker) -> dict[str, Any]:
         "priority": spec.priority,
         "cost": spec.cost,
         "labels": dict(spec.labels),
+        "policy": registry.policy(worker),
         "disable_health_check": spec.disable_health_check,
         "is_healthy": registry.health(worker) == "ready",
         "status": registry.status(worker),
@@ -60,4 +61,5 @@ def _target(target: TargetInfo) -> dict[str, Any]:
         "reported_cached_tokens": target.reported_cached_tokens,
         "completion_tokens": target.completion_tokens,
         "index_characters": target.index_characters,
+        "sticky_keys": target.sticky_keys,
     }

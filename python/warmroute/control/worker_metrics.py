@@ -32,7 +32,7 @@ _COUNTERS = {
 }
 
 
-def worker_metrics(registry: Registry, policy: str) -> Iterator[Metric]:
+def worker_metrics(registry: Registry) -> Iterator[Metric]:
     by_url: dict[str, list[Worker]] = {}
     for worker in registry:
         by_url.setdefault(worker.spec.url, []).append(worker)
@@ -55,7 +55,7 @@ def worker_metrics(registry: Registry, policy: str) -> Iterator[Metric]:
     yield from gauges.values()
     yield from counters.values()
     yield hit_rate
-    yield from _fleet(registry, policy)
+    yield from _fleet(registry)
 
 
 def _values(registry: Registry, workers: list[Worker]) -> dict[str, float]:
@@ -85,19 +85,25 @@ def _worst_breaker(targets: list[TargetInfo]) -> int:
     return _BREAKER_STATES[next((state for state in ("open", "half_open") if state in states), "closed")]
 
 
-def _fleet(registry: Registry, policy: str) -> Iterator[Metric]:
+def _fleet(registry: Registry) -> Iterator[Metric]:
     labels = ("worker_type", "connection_mode", "model")
     pool = GaugeMetricFamily("smg_worker_pool_size", "Registered workers", labels=labels)
     selections = CounterMetricFamily("smg_worker_selection", "Choices of a worker", labels=(*labels, "policy"))
+    sticky_keys = 0
     sizes: defaultdict[str, int] = defaultdict(int)
-    chosen: defaultdict[str, int] = defaultdict(int, registry.retired_selections)
+    chosen: defaultdict[tuple[str, str], int] = defaultdict(int, registry.retired_selections)
     for worker in registry:
         # A worker that has not told its model yet counts under the empty name.
         model = worker.facts.models[0] if worker.facts else ""
         sizes[model] += 1
-        chosen[model] += sum(target.selections for target in registry.targets(worker))
+        targets = registry.targets(worker)
+        sticky_keys += sum(target.sticky_keys for target in targets)
+        if policy := registry.policy(worker):
+            chosen[model, policy] += sum(target.selections for target in targets)
     for model, size in sizes.items():
         pool.add_metric(("regular", "http", model), size)
-    for model, count in chosen.items():
+    for (model, policy), count in chosen.items():
         selections.add_metric(("regular", "http", model, policy), count)
-    yield from (pool, selections)
+    keys = GaugeMetricFamily("smg_manual_policy_cache_entries", "Assignments of routing keys that policy manual keeps")
+    keys.add_metric((), sticky_keys)
+    yield from (pool, selections, keys)

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from warmroute._core import policy_names
 from warmroute.directory import parse_worker_url
 
 
@@ -12,9 +13,15 @@ class BadSpec(ValueError):  # noqa: N818 (what the client sent, as BadRequest)
     """The message is for the client."""
 
 
+POLICY_LABEL: Final = "policy"
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """`priority`, `cost` and `labels` are kept and shown; no policy reads them. Their defaults are sglang-router's."""
+    """`priority`, `cost` and `labels` are kept and shown; their defaults are sglang-router's.
+
+    No policy reads them, and of the labels only `policy` says anything: how its models are routed.
+    """
 
     url: str
     api_key: str | None = field(default=None, repr=False)
@@ -24,6 +31,10 @@ class WorkerSpec:
     cost: float = 1.0
     labels: Mapping[str, str] = field(default_factory=dict)
     disable_health_check: bool = False
+
+    @property
+    def policy(self) -> str | None:
+        return self.labels.get(POLICY_LABEL)
 
 
 def parse_spec(body: bytes) -> WorkerSpec:
@@ -50,6 +61,9 @@ def parse_spec(body: bytes) -> WorkerSpec:
     labels = _typed(given, "labels", dict) or {}
     if not all(isinstance(value, str) for value in labels.values()):
         raise BadSpec("labels: must map names to strings")
+    policy = labels.get(POLICY_LABEL)
+    if policy is not None and policy not in policy_names():
+        raise BadSpec(f"labels.policy: {policy!r} is not one of {', '.join(policy_names())}")
     spec = WorkerSpec(url=url, api_key=api_key or None, model_id=_typed(given, "model_id", str) or None, labels=labels)
     rest = {
         "priority": _typed(given, "priority", int),

@@ -5,6 +5,7 @@ breaker are the core's: nothing here copies them. A worker has no slots until it
 its health is the core's health machine, fed by the prober.
 """
 
+import asyncio
 import logging
 import os
 from collections.abc import Iterator
@@ -75,8 +76,8 @@ class Registry:
         self._drain_ns = drain_ns
         self._indexed_bytes = indexed_bytes
         self._workers: dict[str, Worker] = {}
-        self.retired_selections: dict[str, int] = {}
-        """Model -> selections of workers that are gone, so that sums over the fleet never fall."""
+        self.retired_selections: dict[tuple[str, str], int] = {}
+        """(model, policy) -> selections of workers that are gone, so that sums over the fleet never fall."""
 
     # -- who is there
 
@@ -95,6 +96,12 @@ class Registry:
     def targets(self, worker: Worker) -> list[TargetInfo]:
         """Its ranks as they stand now; empty before it has told what it serves."""
         return [self._core.target(slot) for slot in worker.slots]
+
+    async def index_entries(self, worker: Worker) -> list[int]:
+        """Blocks of the prefix index that each of its ranks holds. Walks the index: beside the loop."""
+        slots = worker.slots  # as they are now: there may be more of them afterwards
+        entries = await asyncio.to_thread(self._core.index_entries)
+        return [entries[slot] for slot in slots]
 
     def load(self, worker: Worker) -> int:
         """Requests in flight, over all ranks."""
@@ -142,11 +149,13 @@ class Registry:
         if worker.slots and len(worker.slots) != facts.dp_size:
             log.warning("worker %s: has %d dp ranks now, had %d", worker.spec.url, facts.dp_size, len(worker.slots))
             self._free(worker)
+        asked = worker.spec.policy
         if not worker.slots:
-            worker.slots = tuple(self._core.add_worker(facts.models, facts.dp_size, facts.kv_capacity_tokens, now_ns))
+            slots = self._core.add_worker(facts.models, facts.dp_size, facts.kv_capacity_tokens, asked, now_ns)
+            worker.slots = tuple(slots)
         else:
             if facts != worker.facts:
-                self._core.update_worker(worker.head, facts.models, facts.kv_capacity_tokens, now_ns)
+                self._core.update_worker(worker.head, facts.models, facts.kv_capacity_tokens, asked, now_ns)
             if worker.lost:
                 self.forget_cache(worker, now_ns)
         self._directory.put(worker.slots, worker.address, facts.models)
@@ -162,6 +171,7 @@ class Registry:
         if facts != worker.facts:
             worker.facts = facts
             self._warn_of_a_small_index()
+            self._warn_of_another_policy(worker)
         worker.lost = False
 
     def _warn_of_a_small_index(self) -> None:
@@ -174,6 +184,21 @@ class Registry:
                 held // 1_000_000,
                 self._indexed_bytes // 1_000_000,
             )
+
+    def _warn_of_another_policy(self, worker: Worker) -> None:
+        asked = worker.spec.policy
+        effective = self.policy(worker)
+        if asked is not None and asked != effective:
+            log.warning(
+                "worker %s: its label asks for policy %s, but its model has %s, as its first worker wanted",
+                worker.spec.url,
+                asked,
+                effective,
+            )
+
+    def policy(self, worker: Worker) -> str | None:
+        """By which requests for its model are routed; None: it has not told what it serves."""
+        return self._core.policy_of_model(worker.facts.models[0]) if worker.facts else None
 
     def forget_cache(self, worker: Worker, now_ns: int) -> None:
         """It restarted or was flushed."""
@@ -209,9 +234,9 @@ class Registry:
         if not worker.slots:
             return
         assert worker.facts is not None  # slots are claimed with facts
-        model = worker.facts.models[0]
+        key = worker.facts.models[0], self._core.policy_of_model(worker.facts.models[0])
         selections = sum(target.selections for target in self.targets(worker))
-        self.retired_selections[model] = self.retired_selections.get(model, 0) + selections
+        self.retired_selections[key] = self.retired_selections.get(key, 0) + selections
         self._directory.remove(worker.slots)
         self._core.remove_worker(worker.head)
         worker.slots = ()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from warmroute import router_health
 from warmroute._core import HeadParser, Route
 from warmroute.dataplane.client_connection import ClientConnection
+from warmroute.dataplane.decision_log import DecisionLog
 from warmroute.dataplane.pool import IDLE_NS, Pool
 from warmroute.dataplane.recorder import DecisionRecorder
 from warmroute.retry import RetryBudget, RetryPolicy
@@ -53,6 +54,7 @@ class DataPlane:
         self.core = core
         self.counts = counts
         self.recorder = DecisionRecorder(Path(config.record_decisions)) if config.record_decisions else None
+        self.decision_log = DecisionLog(core, directory, config.log_decisions) if config.log_decisions else None
         self.directory = directory
         self.loop = asyncio.get_running_loop()
         self.parser = HeadParser(request_id_headers=config.request_id_headers, max_head_bytes=MAX_HEAD_BYTES)

@@ -83,6 +83,8 @@ class RoutedExchange(Exchange):
     def _attempt(self, now_ns: int, *, allow_failed: bool) -> None:
         """Choose a worker and ask the pool for a connection to it."""
         try:
+            if self._plane.decision_log is not None:
+                self._plane.decision_log.sample(self._request, self.request_id, now_ns)
             lease = self._plane.core.select(self._request, now_ns, False)
             if lease is None and allow_failed:
                 lease = self._plane.core.select(self._request, now_ns, True)

@@ -80,11 +80,27 @@ impl Fleet {
             prompt_bytes: prompt.routed_bytes,
             targets: &state.targets,
             index: &state.index,
+            sticky_keys: &state.sticky_keys,
             routing_key: self.routing_key,
             now_ns: 0,
             random: &mut state.random,
             turn: &mut self.turn,
         })
+    }
+
+    /// As the router does it.
+    pub(super) fn pick_and_remember(&mut self, policy: &dyn Policy) -> u16 {
+        let picked = self.pick(policy, "", 0);
+        if let Some(key) = self.routing_key {
+            self.remember(key, picked);
+        }
+        picked
+    }
+
+    pub(super) fn remember(&mut self, key: u64, slot: u16) {
+        let mut guard = self.region.lock().unwrap();
+        let mut state = guard.state();
+        state.sticky_keys.remember(key, slot, 0, u64::MAX, &mut state.targets);
     }
 
     pub(super) fn characters(&self) -> Vec<u64> {

@@ -54,6 +54,8 @@ enum Field {
     InputIds,
     InputEmbeds,
     PinnedRank,
+    Rid,
+    Priority,
     Namespace(NamespaceField),
     Other,
 }
@@ -78,6 +80,8 @@ impl Field {
             "input_ids" => Self::InputIds,
             "input_embeds" | "prompt_embeds" => Self::InputEmbeds,
             "data_parallel_rank" | "routed_dp_rank" => Self::PinnedRank,
+            "rid" => Self::Rid,
+            "priority" => Self::Priority,
             "lora_path" => Self::Namespace(NamespaceField::LoraPath),
             "lora_id" => Self::Namespace(NamespaceField::LoraId),
             "cache_salt" => Self::Namespace(NamespaceField::CacheSalt),
@@ -94,6 +98,8 @@ struct Fields<'r, 'de> {
     model: Scalar<'de>,
     stream: Scalar<'de>,
     pinned_rank: Scalar<'de>,
+    rid: Scalar<'de>,
+    priority: Scalar<'de>,
     namespace: [Option<String>; 4],
     tools: Option<BlockStream<'r>>,
     messages: Input<'r>,
@@ -110,6 +116,8 @@ impl<'r, 'de> Fields<'r, 'de> {
             model: Scalar::Null,
             stream: Scalar::Null,
             pinned_rank: Scalar::Null,
+            rid: Scalar::Null,
+            priority: Scalar::Null,
             namespace: [const { None }; 4],
             tools: None,
             messages: Input::Absent,
@@ -124,6 +132,8 @@ impl<'r, 'de> Fields<'r, 'de> {
             (Field::Model, _) => self.model = map.next_value_seed(Any(AnyScalar))?,
             (Field::Stream, _) => self.stream = map.next_value_seed(Any(AnyScalar))?,
             (Field::PinnedRank, _) => self.pinned_rank = map.next_value_seed(Any(AnyScalar))?,
+            (Field::Rid, _) => self.rid = map.next_value_seed(Any(AnyScalar))?,
+            (Field::Priority, _) => self.priority = map.next_value_seed(Any(AnyScalar))?,
             (Field::Namespace(field), _) => {
                 self.namespace[field as usize] = match map.next_value_seed(Any(AnyScalar))? {
                     Scalar::Text(text) => Some(text.into_owned()),
@@ -220,6 +230,17 @@ impl<'r, 'de> Fields<'r, 'de> {
             batch: found.batch,
             blocks: link(hash.of(&namespace), self.tools, found.stream),
             pinned_rank,
+            // Neither is the router's to refuse.
+            rid: match self.rid {
+                Scalar::Text(rid) => Some(rid.into_owned()),
+                Scalar::TextList(first) => Some(first),
+                _ => None,
+            },
+            priority: match self.priority {
+                Scalar::Unsigned(priority) => i64::try_from(priority).ok(),
+                Scalar::Negative(priority) => Some(priority),
+                _ => None,
+            },
             splice_offset,
         })
     }

@@ -129,6 +129,7 @@ pub(super) enum Scalar<'de> {
     Null,
     Bool(bool),
     Unsigned(u64),
+    Negative(i64),
     OtherNumber,
     Text(Cow<'de, str>),
     /// A list whose first element is text, as in the per-prompt fields of a batch.
@@ -157,8 +158,8 @@ impl<'de> Visitor<'de> for AnyScalar {
         Ok(Scalar::Unsigned(value))
     }
 
-    fn visit_i64<E>(self, _: i64) -> Result<Scalar<'de>, E> {
-        Ok(Scalar::OtherNumber)
+    fn visit_i64<E>(self, value: i64) -> Result<Scalar<'de>, E> {
+        Ok(Scalar::Negative(value))
     }
 
     fn visit_f64<E>(self, _: f64) -> Result<Scalar<'de>, E> {

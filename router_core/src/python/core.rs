@@ -7,10 +7,10 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use super::request::{Lease, RoutedRequest};
-use super::views::{RequestSeries, TargetInfo, Transition};
-use crate::policy::{self, Balance, Parameters};
+use super::views::{Explanation, RequestSeries, TargetInfo, Transition};
+use crate::policy::{self, Assignment, Balance, Parameters};
 use crate::prompt::Endpoint;
-use crate::router::{CandidateView, Router, Settings};
+use crate::router::{Router, Settings};
 use crate::{breaker, health};
 
 /// All state that a decision reads, and the decisions.
@@ -27,6 +27,8 @@ impl Core {
         cache_threshold,
         balance_abs_threshold,
         balance_rel_threshold,
+        assignment_mode,
+        max_idle_ns,
         max_tree_size,
         eviction_interval_ns,
         index_memory_bytes,
@@ -49,6 +51,8 @@ impl Core {
         cache_threshold: f64,
         balance_abs_threshold: u64,
         balance_rel_threshold: f64,
+        assignment_mode: &str,
+        max_idle_ns: u64,
         max_tree_size: u64,
         eviction_interval_ns: u64,
         index_memory_bytes: usize,
@@ -65,10 +69,12 @@ impl Core {
         duration_buckets_ns: Vec<u64>,
     ) -> PyResult<Self> {
         let balance = Balance { absolute: balance_abs_threshold, relative: balance_rel_threshold };
+        let unknown = || PyValueError::new_err(format!("no assignment mode is called {assignment_mode:?}"));
+        let assignment = Assignment::by_name(assignment_mode).ok_or_else(unknown)?;
         let settings = Settings {
             policy,
             shadow_policy,
-            policy_parameters: Parameters { cache_threshold, balance },
+            policy_parameters: Parameters { cache_threshold, balance, assignment, max_idle_ns },
             max_tree_size,
             eviction_interval_ns,
             index_memory_bytes,
@@ -103,41 +109,43 @@ impl Core {
     }
 
     #[pyo3(signature = (path, routing_headers, body, now_ns, /))]
-    fn explain<'py>(
-        &self,
-        py: Python<'py>,
-        path: &[u8],
-        routing_headers: &[u8],
-        body: &[u8],
-        now_ns: u64,
-    ) -> PyResult<(Option<u16>, &'static str, u32, Bound<'py, PyTuple>)> {
+    fn explain(&self, path: &[u8], routing_headers: &[u8], body: &[u8], now_ns: u64) -> PyResult<Explanation> {
         let unrouted = || PyValueError::new_err("not a routed path");
         let endpoint = Endpoint::from_path(path).ok_or_else(unrouted)?;
-        let explained = self.0.explain(endpoint, routing_headers, body, now_ns)?;
-        let row =
-            |seen: CandidateView| (seen.slot, seen.match_bytes, seen.load, seen.outstanding_tokens, seen.cost_seconds);
-        let candidates = PyTuple::new(py, explained.candidates.into_iter().map(row))?;
-        Ok((explained.chosen, explained.reason, explained.prompt_bytes, candidates))
+        Ok(Explanation(self.0.explain(endpoint, routing_headers, body, now_ns)?))
+    }
+
+    #[pyo3(signature = (request, now_ns, /))]
+    fn explain_request(&self, request: &RoutedRequest, now_ns: u64) -> PyResult<Explanation> {
+        Ok(Explanation(self.0.explain_request(&request.0, now_ns)?))
     }
 
     // -- workers
 
-    #[pyo3(signature = (models, dp_size, kv_capacity_tokens, now_ns, /))]
+    #[pyo3(signature = (models, dp_size, kv_capacity_tokens, policy, now_ns, /))]
     fn add_worker(
         &self,
         models: Vec<String>,
         dp_size: usize,
         kv_capacity_tokens: u64,
+        policy: Option<&str>,
         now_ns: u64,
     ) -> PyResult<Vec<u16>> {
         let _ = now_ns;
-        Ok(self.0.add_worker(&models, dp_size, kv_capacity_tokens)?)
+        Ok(self.0.add_worker(&models, dp_size, kv_capacity_tokens, policy)?)
     }
 
-    #[pyo3(signature = (head, models, kv_capacity_tokens, now_ns, /))]
-    fn update_worker(&self, head: u16, models: Vec<String>, kv_capacity_tokens: u64, now_ns: u64) -> PyResult<()> {
+    #[pyo3(signature = (head, models, kv_capacity_tokens, policy, now_ns, /))]
+    fn update_worker(
+        &self,
+        head: u16,
+        models: Vec<String>,
+        kv_capacity_tokens: u64,
+        policy: Option<&str>,
+        now_ns: u64,
+    ) -> PyResult<()> {
         let _ = now_ns;
-        Ok(self.0.update_worker(head, &models, kv_capacity_tokens)?)
+        Ok(self.0.update_worker(head, &models, kv_capacity_tokens, policy)?)
     }
 
     #[pyo3(signature = (head, now_ns, /))]
@@ -185,6 +193,15 @@ impl Core {
 
     fn targets(&self) -> PyResult<Vec<TargetInfo>> {
         Ok(self.0.targets()?.into_iter().map(TargetInfo).collect())
+    }
+
+    fn index_entries(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        Ok(py.detach(|| self.0.index_entries())?)
+    }
+
+    #[pyo3(signature = (model, /))]
+    fn policy_of_model(&self, model: &str) -> PyResult<&'static str> {
+        Ok(self.0.policy_of_model(model)?)
     }
 
     fn readiness(&self) -> PyResult<(usize, usize)> {

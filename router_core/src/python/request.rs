@@ -36,6 +36,16 @@ impl RoutedRequest {
         self.0.prompt().prompt_bytes
     }
 
+    #[getter]
+    fn rid(&self) -> Option<&str> {
+        self.0.prompt().rid.as_deref()
+    }
+
+    #[getter]
+    fn priority(&self) -> Option<i64> {
+        self.0.prompt().priority
+    }
+
     fn blocks(&self) -> Vec<(u64, u32)> {
         self.0.prompt().blocks.iter().map(|block| (block.key, block.end)).collect()
     }

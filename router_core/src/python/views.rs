@@ -38,6 +38,42 @@ impl Transition {
     }
 }
 
+/// What would be decided, and why.
+#[pyclass(module = "warmroute._core", frozen)]
+pub(super) struct Explanation(pub(super) router::Explanation);
+
+/// (slot, bytes of the prompt that it holds, requests in flight, outstanding tokens, cost in seconds)
+type Candidate = (u16, u32, u64, u64, Option<f64>);
+
+#[pymethods]
+impl Explanation {
+    #[getter]
+    fn policy(&self) -> &'static str {
+        self.0.policy
+    }
+
+    #[getter]
+    fn chosen(&self) -> Option<u16> {
+        self.0.chosen
+    }
+
+    #[getter]
+    fn reason(&self) -> &'static str {
+        self.0.reason
+    }
+
+    #[getter]
+    fn prompt_bytes(&self) -> u32 {
+        self.0.prompt_bytes
+    }
+
+    #[getter]
+    fn candidates(&self) -> Vec<Candidate> {
+        let candidates = self.0.candidates.iter();
+        candidates.map(|c| (c.slot, c.match_bytes, c.load, c.outstanding_tokens, c.cost_seconds)).collect()
+    }
+}
+
 /// One target as it stands now.
 #[pyclass(module = "warmroute._core", frozen)]
 pub(super) struct TargetInfo(pub(super) router::TargetView);
@@ -135,6 +171,11 @@ impl TargetInfo {
     }
 
     #[getter]
+    fn sticky_keys(&self) -> u64 {
+        self.0.sticky_keys
+    }
+
+    #[getter]
     fn index_characters(&self) -> u64 {
         self.0.index_characters
     }
@@ -212,6 +253,7 @@ impl RequestSeries {
 
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Transition>()?;
+    module.add_class::<Explanation>()?;
     module.add_class::<TargetInfo>()?;
     module.add_class::<RequestSeries>()
 }

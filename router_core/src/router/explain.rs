@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::request::Request;
-use super::{Router, candidates};
+use super::{Router, candidates, no_policy, policy_word};
 use crate::error::Error;
 use crate::model::ANY;
-use crate::policy::{Candidates, Choice, Policy};
+use crate::policy::{self, Candidates, Choice, Parameters, Policy};
 use crate::prefix_index::Matches;
 use crate::prompt::Endpoint;
 use crate::random::Random;
@@ -31,6 +31,8 @@ pub struct CandidateView {
 /// What would be decided now.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Explanation {
+    /// The policy that decides.
+    pub policy: &'static str,
     /// The target that would be chosen; None: nobody is available.
     pub chosen: Option<u16>,
     /// Which rule of the policy chose it.
@@ -49,8 +51,12 @@ pub(super) struct Shadow {
 }
 
 impl Shadow {
-    pub(super) fn new(policy: Box<dyn Policy>) -> Self {
-        Self { policy, agreed: AtomicU64::new(0), differed: AtomicU64::new(0) }
+    pub(super) fn of(name: &str, parameters: &Parameters) -> Result<Self, Error> {
+        let policy = policy::by_name(name, parameters).ok_or_else(|| no_policy(name))?;
+        if policy.keeps_keys() {
+            return Err(Error::Invalid(format!("{name} cannot be watched: it follows what it was given before")));
+        }
+        Ok(Self { policy, agreed: AtomicU64::new(0), differed: AtomicU64::new(0) })
     }
 
     pub(super) fn observe(&self, agrees: bool) {
@@ -73,8 +79,16 @@ impl Router {
     ) -> Result<Explanation, Error> {
         let prompt = self.reader.read(endpoint, body).map_err(|refused| Error::Invalid(refused.message))?;
         let request = &Request::new(self, endpoint, routing_headers, prompt, now_ns);
-        let mut progress = request.progress();
-        progress.hypothetical = true;
+        request.progress().hypothetical = true;
+        self.explain_request(request, now_ns)
+    }
+
+    /// What [`Router::select`] would decide for a request now, and why. Nothing changes by it.
+    ///
+    /// # Errors
+    /// [`Error::UnknownModel`], [`Error::RegionBusy`].
+    pub fn explain_request(&self, request: &Request, now_ns: u64) -> Result<Explanation, Error> {
+        let progress = request.progress();
         let mut matches = Matches::new(MAX_TARGETS);
         let mut guard = self.lock()?;
         let state = guard.state();
@@ -84,23 +98,24 @@ impl Router {
         let slots: Vec<u16> = candidates.iter().collect();
         let targets = &state.targets;
         let (mut views, mut chosen, mut reason) = (Vec::new(), None, "nobody is available");
+        let (policy, name) = (self.policy_of(&state, model), self.policies.name(policy_word(&state, model)));
         watch(&state, model, request, &candidates, &matches, now_ns, |choice| {
             let view = |slot| CandidateView {
                 slot,
                 match_bytes: choice.matches.of(slot).bytes,
                 load: targets.load(slot),
                 outstanding_tokens: targets.outstanding_tokens(slot),
-                cost_seconds: self.policy.cost_seconds(choice, slot),
+                cost_seconds: policy.cost_seconds(choice, slot),
             };
             views = slots.iter().copied().map(view).collect();
             if !slots.is_empty() {
-                let picked = self.policy.pick(choice);
-                reason = self.policy.reason(choice, picked);
+                let picked = policy.pick(choice);
+                reason = policy.reason(choice, picked);
                 chosen = Some(picked);
             }
         });
         let prompt_bytes = request.prompt().routed_bytes;
-        Ok(Explanation { chosen, reason, prompt_bytes, candidates: views })
+        Ok(Explanation { policy: name, chosen, reason, prompt_bytes, candidates: views })
     }
 
     /// (decisions in which the shadow policy chose the same target, in which it chose another)
@@ -128,6 +143,7 @@ pub(super) fn watch(
         prompt_bytes: request.prompt().routed_bytes,
         targets: &state.targets,
         index: &state.index,
+        sticky_keys: &state.sticky_keys,
         routing_key: request.routing_key(),
         now_ns,
         random: &mut Random(&mut generator),

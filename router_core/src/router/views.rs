@@ -5,6 +5,7 @@ use crate::error::Error;
 use crate::metrics::{OTHER_MODEL, SeriesReading, TargetReading};
 use crate::model::{ANY, MAX_MODELS};
 use crate::policy::Candidates;
+use crate::region::MAX_TARGETS;
 use crate::region::State;
 use crate::target::Field;
 
@@ -35,6 +36,8 @@ pub struct TargetView {
     pub consecutive_failures: u32,
     /// As the breaker counts them.
     pub consecutive_successes: u32,
+    /// Routing keys that were given to it, by the policy that keeps them.
+    pub sticky_keys: u64,
     /// Bytes of prompt text that the index credits it with.
     pub index_characters: u64,
     /// Its counters.
@@ -93,6 +96,26 @@ impl Router {
         Ok(heads.fold((0, 0), count))
     }
 
+    /// Blocks of the prefix index that each target holds, by slot. Walks the whole index, a piece at a time, so that decisions
+    /// wait for no more than a piece.
+    ///
+    /// # Errors
+    /// [`Error::RegionBusy`].
+    pub fn index_entries(&self) -> Result<Vec<u64>, Error> {
+        let mut counts = vec![0; MAX_TARGETS];
+        let mut first = 0;
+        loop {
+            let mut guard = self.lock()?;
+            let state = guard.state();
+            if first >= state.index.buckets() {
+                counts.truncate(state.targets.slot_end());
+                return Ok(counts);
+            }
+            state.index.count_blocks(first, first + BUCKETS_AT_ONCE, &mut counts);
+            first += BUCKETS_AT_ONCE;
+        }
+    }
+
     /// The series in which something was counted.
     pub fn series(&self) -> Vec<NamedSeries> {
         let name = |hash| self.names.text(hash);
@@ -101,6 +124,17 @@ impl Router {
             reading,
         };
         self.slab.series().into_iter().map(named).collect()
+    }
+
+    /// The policy by which requests for a model are routed now.
+    ///
+    /// # Errors
+    /// [`Error::RegionBusy`].
+    pub fn policy_of_model(&self, name: &str) -> Result<&'static str, Error> {
+        let mut guard = self.lock()?;
+        let state = guard.state();
+        let model = state.models.find(self.names.hash(name)).unwrap_or(ANY);
+        Ok(self.policies.name(super::policy_word(&state, model)))
     }
 
     /// Checks what must hold whenever nobody has the region's lock.
@@ -112,6 +146,7 @@ impl Router {
         let mut guard = self.lock().map_err(|error| error.to_string())?;
         let state = guard.state();
         state.targets.check_integrity()?;
+        state.sticky_keys.check_integrity(&state.targets)?;
         state.index.check_integrity()?;
         self.check_availability(&state)
     }
@@ -133,6 +168,7 @@ impl Router {
             outstanding_tokens: targets.outstanding_tokens(slot),
             consecutive_failures: breaker.consecutive_failures(),
             consecutive_successes: breaker.consecutive_successes(),
+            sticky_keys: targets.get(Field::StickyKeys, slot),
             index_characters: state.index.characters(slot),
             counters: self.slab.target(slot, incarnation),
         }
@@ -142,8 +178,8 @@ impl Router {
     fn check_availability(&self, state: &State<'_>) -> Result<(), String> {
         let targets = &state.targets;
         for model in 0..=ANY {
-            let available = Candidates::new(state.models.available(model), crate::region::MAX_TARGETS);
-            for slot in 0..crate::region::MAX_TARGETS as u16 {
+            let available = Candidates::new(state.models.available(model), MAX_TARGETS);
+            for slot in 0..MAX_TARGETS as u16 {
                 let serves = model == ANY || targets.get(Field::Models, slot) & 1 << model != 0;
                 let expected = targets.is_taken(slot) && serves && self.is_available(state, targets.head(slot));
                 if available.contains(slot) != expected {
@@ -161,6 +197,9 @@ impl Router {
         }
     }
 }
+
+/// About 10 us of the lock.
+const BUCKETS_AT_ONCE: usize = 1 << 10;
 
 fn no_target(slot: u16) -> Error {
     Error::Invalid(format!("no worker has slot {slot}"))

@@ -1,26 +1,35 @@
 //! Workers come, change, are watched, and go.
 
-use super::{Router, Transition};
+use super::{Router, Transition, no_policy};
 use crate::error::Error;
 use crate::health::Health;
+use crate::policy::Policies;
 use crate::region::{Guard, MAX_TARGETS, State};
 use crate::target::Field;
 
 impl Router {
     /// A worker with `ranks` dp ranks serves `models`, its own name first. Pending until probes succeed.
     ///
-    /// `kv_capacity_tokens` is per rank; 0: unknown.
+    /// `kv_capacity_tokens` is per rank; 0: unknown. `policy`: how requests for its models are routed; of a model, the first
+    /// worker's word counts for as long as anybody serves it.
     ///
     /// # Errors
     /// [`Error::Full`], [`Error::Invalid`].
-    pub fn add_worker(&self, models: &[String], ranks: usize, kv_capacity_tokens: u64) -> Result<Vec<u16>, Error> {
+    pub fn add_worker(
+        &self,
+        models: &[String],
+        ranks: usize,
+        kv_capacity_tokens: u64,
+        policy: Option<&str>,
+    ) -> Result<Vec<u16>, Error> {
         if !(1..=MAX_TARGETS).contains(&ranks) {
             return Err(Error::Invalid(format!("a worker has 1 to {MAX_TARGETS} dp ranks, not {ranks}")));
         }
         let hashes = self.model_hashes(models)?;
+        let policy = policy_word(policy)?;
         let mut guard = self.lock()?;
         let mut state = guard.state();
-        let served = state.models.serve(&hashes).ok_or(Error::Full("place for another model"))?;
+        let served = state.models.serve(&hashes, policy).ok_or(Error::Full("place for another model"))?;
         let Some(head) = state.targets.claim(ranks as u16) else {
             state.models.unserve(served.0, served.1);
             return Err(Error::Full("run of free slots"));
@@ -38,11 +47,18 @@ impl Router {
     ///
     /// # Errors
     /// [`Error::Full`], [`Error::Invalid`].
-    pub fn update_worker(&self, head: u16, models: &[String], kv_capacity_tokens: u64) -> Result<(), Error> {
+    pub fn update_worker(
+        &self,
+        head: u16,
+        models: &[String],
+        kv_capacity_tokens: u64,
+        policy: Option<&str>,
+    ) -> Result<(), Error> {
         let hashes = self.model_hashes(models)?;
+        let policy = policy_word(policy)?;
         let mut guard = self.lock()?;
         let mut state = state_with_worker(&mut guard, head)?;
-        let served = state.models.serve(&hashes).ok_or(Error::Full("place for another model"))?;
+        let served = state.models.serve(&hashes, policy).ok_or(Error::Full("place for another model"))?;
         withdraw_models(&mut state, head);
         self.describe(&mut state, head, served, kv_capacity_tokens);
         self.refresh_availability(&mut state, head);
@@ -137,6 +153,8 @@ impl Router {
                 state.index.trim(slot, self.settings.max_tree_size);
             }
         }
+        let max_idle_ns = self.settings.policy_parameters.max_idle_ns;
+        state.sticky_keys.sweep(max_buckets / BUCKETS_PER_STICKY_SET, now_ns, max_idle_ns, &mut state.targets);
         Ok(state.index.evict(max_buckets))
     }
 
@@ -175,6 +193,9 @@ impl Router {
     }
 }
 
+/// A set of routing keys is as much to look at as eight buckets.
+const BUCKETS_PER_STICKY_SET: usize = 8;
+
 /// Between two evictions a target whose KV capacity is unknown may be credited with this many times `max_tree_size`.
 const UNTRIMMED_TREES: u64 = 2;
 
@@ -187,6 +208,10 @@ impl Transition {
     ) -> Option<Self> {
         (previous != current).then_some(Self { head, machine, previous, current })
     }
+}
+
+fn policy_word(name: Option<&str>) -> Result<u64, Error> {
+    Policies::word_of(name).ok_or_else(|| no_policy(name.unwrap_or_default()))
 }
 
 fn state_with_worker<'g>(guard: &'g mut Guard<'_>, head: u16) -> Result<State<'g>, Error> {

@@ -7,7 +7,7 @@ use router_core::breaker::Limits;
 use router_core::error::Error;
 use router_core::health::Thresholds;
 use router_core::outcome::{Outcome, OutcomeKind};
-use router_core::policy::{Balance, Parameters};
+use router_core::policy::{Assignment, Balance, Parameters};
 use router_core::prompt::Endpoint;
 use router_core::router::{Lease, Request, Router, Settings, Transition};
 
@@ -19,7 +19,12 @@ pub fn settings() -> Settings {
     Settings {
         policy: "cache_aware".to_owned(),
         shadow_policy: None,
-        policy_parameters: Parameters { cache_threshold: 0.5, balance: Balance { absolute: 32, relative: 1.5 } },
+        policy_parameters: Parameters {
+            cache_threshold: 0.5,
+            balance: Balance { absolute: 32, relative: 1.5 },
+            assignment: Assignment::Random,
+            max_idle_ns: 3_600 * SECOND,
+        },
         max_tree_size: 1 << 26,
         eviction_interval_ns: 120 * SECOND,
         index_memory_bytes: 1 << 20,
@@ -54,7 +59,7 @@ impl Fleet {
 
     pub fn add_pending(&self, models: &[&str], ranks: usize) -> Vec<u16> {
         let models: Vec<String> = models.iter().map(|&model| model.to_owned()).collect();
-        self.router.add_worker(&models, ranks, 0).unwrap()
+        self.router.add_worker(&models, ranks, 0, None).unwrap()
     }
 
     pub fn probe(&self, head: u16, ok: bool) -> Vec<Transition> {
