@@ -147,26 +147,28 @@ pub struct Choice<'a, 'm> {
 
 impl Choice<'_, '_> {
     /// The one of `slots` with the smallest key; one at random of those that share it. None of none.
-    fn least<K: Ord>(&mut self, slots: impl Iterator<Item = u16>, key: impl Fn(&Self, u16) -> K) -> Option<u16> {
-        let mut best: Option<(K, u16)> = None;
-        let mut equals = 0;
-        for slot in slots {
-            let candidate = key(self, slot);
-            match &best {
-                Some((least, _)) if candidate > *least => {}
-                Some((least, _)) if candidate == *least => {
-                    equals += 1;
-                    if self.random.below(equals) == 0 {
-                        best = Some((candidate, slot));
-                    }
-                }
-                _ => {
-                    best = Some((candidate, slot));
-                    equals = 1;
-                }
-            }
-        }
-        best.map(|(_, slot)| slot)
+    fn least<K: Ord>(
+        &mut self,
+        slots: impl Iterator<Item = u16> + Clone,
+        key: impl Fn(&Self, u16) -> K,
+    ) -> Option<u16> {
+        // Internal iteration throughout: of chained iterators, `for` would ask each for the next one, slot by slot. And one draw
+        // in the end, not one for each equal: of 512 equals it would be a third of the decision.
+        let keys = slots.clone().map(|slot| key(self, slot));
+        let (least, equals) = keys.fold((None, 0), |(least, equals), candidate| match &least {
+            Some(known) if candidate > *known => (least, equals),
+            Some(known) if candidate == *known => (least, equals + 1),
+            _ => (Some(candidate), 1),
+        });
+        let least = least?;
+        let mut after = if equals > 1 { self.random.below(equals) } else { 0 };
+        let mut slots = slots;
+        slots.find(|&slot| {
+            let is_equal = key(self, slot) == least;
+            let is_it = is_equal && after == 0;
+            after -= usize::from(is_equal && !is_it);
+            is_it
+        })
     }
 }
 
@@ -208,6 +210,18 @@ impl Candidates {
     /// How many there are.
     pub fn count(&self) -> usize {
         self.words[..self.used].iter().map(|word| word.count_ones() as usize).sum()
+    }
+
+    /// The least and the greatest of the candidates' values in a column.
+    pub fn extremes(&self, column: &[u64]) -> (u64, u64) {
+        let wider = |(least, greatest): (u64, u64), value: u64| (least.min(value), greatest.max(value));
+        let groups = self.words[..self.used].iter().zip(column.chunks_exact(u64::BITS as usize));
+        groups.fold((u64::MAX, 0), |extremes, (&word, values)| match word {
+            0 => extremes,
+            // A plain walk where all are candidates: a third of the time.
+            u64::MAX => values.iter().copied().fold(extremes, wider),
+            _ => bits(word).map(|bit| values[bit]).fold(extremes, wider),
+        })
     }
 
     /// The slots, from the lowest.

@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! header   8 words: sweep cursor, sweep cycle, cursors of rows, dense rows and chunks, pause of those
-//! clocks   8 words a target
+//! clocks   8 words a target, and a face each
 //! buckets  4 entries of 2 words: (tag 48 | depth class 8 | kind 8), (holder 32, holder 32) or number of a row or dense row
 //! rows     8 words: (count 8 | owner 56), 14 holders
 //! dense    34 words: owner, marks, 128 chunk numbers of 16 bits
@@ -25,13 +25,15 @@
 
 mod clock;
 mod dense;
+mod matches;
 mod rows;
 mod store;
 mod table;
 
 use crate::prompt::Block;
 use clock::Clocks;
-use dense::{Dense, Settled};
+use dense::Dense;
+pub use matches::{Match, Matches};
 use rows::Rows;
 use store::Store;
 use table::{Holder, Table};
@@ -76,7 +78,7 @@ impl Layout {
     /// When `targets` is more than [`MAX_TARGETS`].
     pub fn new(memory_bytes: usize, targets: usize) -> Self {
         assert!(targets <= MAX_TARGETS, "a holder names its target in 12 bits");
-        let fixed = (HEADER_WORDS + targets * clock::WORDS) * size_of::<u64>();
+        let fixed = (HEADER_WORDS + clock_words(targets)) * size_of::<u64>();
         let words = memory_bytes.saturating_sub(fixed) / size_of::<u64>();
         let dense_rows = (words / DENSE_SHARE / DENSE_WORDS).min(dense::MAX_CHUNKS / CHUNKS_PER_DENSE_ROW);
         let row_words = BUCKETS_PER_ROW * table::BUCKET_WORDS + rows::WORDS;
@@ -88,7 +90,7 @@ impl Layout {
     /// Words of memory that an index of this layout takes.
     pub fn words(&self) -> usize {
         let index = self.buckets * table::BUCKET_WORDS + self.rows * rows::WORDS + self.dense_rows * DENSE_WORDS;
-        HEADER_WORDS + self.targets * clock::WORDS + index
+        HEADER_WORDS + clock_words(self.targets) + index
     }
 
     /// Blocks that the table can hold.
@@ -106,22 +108,26 @@ impl Layout {
         let (cursors, memory) = memory.split_at_mut(HEADER_WORDS - SWEEP_WORDS);
         let (row_cursor, dense_cursors) = cursors.split_at_mut(1);
         let (clocks, memory) = memory.split_at_mut(self.targets * clock::WORDS);
+        let (faces, memory) = memory.split_at_mut(face_words(self.targets));
         let (buckets, memory) = memory.split_at_mut(self.buckets * table::BUCKET_WORDS);
         let (rows, memory) = memory.split_at_mut(self.rows * rows::WORDS);
         let (dense_rows, chunks) = memory.split_at_mut(self.dense_rows * dense::ROW_WORDS);
         let rows = Rows { cursor: &mut row_cursor[0], words: rows };
         let dense = Dense { cursors: dense_cursors, rows: dense_rows, chunks };
-        PrefixIndex { sweep, clocks: Clocks(clocks), store: Store { table: Table::new(buckets), rows, dense } }
+        PrefixIndex {
+            sweep,
+            clocks: Clocks { clocks, faces },
+            store: Store { table: Table::new(buckets), rows, dense },
+        }
     }
 }
 
-/// How much of a prompt a target holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Match {
-    /// Blocks of the chain, from its start.
-    pub blocks: u32,
-    /// Bytes of prompt text, the answer after the last block included.
-    pub bytes: u32,
+fn clock_words(targets: usize) -> usize {
+    targets * clock::WORDS + face_words(targets)
+}
+
+fn face_words(targets: usize) -> usize {
+    targets.next_multiple_of(matches::GROUP)
 }
 
 /// What a stamp claimed, to be taken back if the worker never answers.
@@ -129,43 +135,6 @@ pub struct Match {
 pub struct Claim {
     stamp: u32,
     from_block: u32,
-}
-
-/// The result of a lookup: scratch memory of the caller, reused from lookup to lookup.
-#[derive(Clone, Debug)]
-pub struct Matches {
-    matches: Vec<Match>,
-    holders: Vec<u16>,
-    /// Those in `holders`.
-    settled: Settled,
-}
-
-impl Matches {
-    /// Room for matches of slots `0..targets`.
-    pub fn new(targets: usize) -> Self {
-        Self {
-            matches: vec![Match::default(); targets],
-            holders: Vec::with_capacity(targets),
-            settled: Settled::new(targets),
-        }
-    }
-
-    /// What the target in `slot` holds.
-    pub fn of(&self, slot: u16) -> Match {
-        self.matches.get(usize::from(slot)).copied().unwrap_or_default()
-    }
-
-    /// The targets that hold at least one block, in no particular order.
-    pub fn holders(&self) -> impl Iterator<Item = (u16, Match)> + '_ {
-        self.holders.iter().map(|&slot| (slot, self.of(slot)))
-    }
-
-    fn clear(&mut self) {
-        for slot in self.holders.drain(..) {
-            self.matches[usize::from(slot)] = Match::default();
-        }
-        self.settled.clear();
-    }
 }
 
 /// The index in a region's memory.
@@ -202,21 +171,14 @@ impl PrefixIndex<'_> {
     /// How much of the prompt `blocks` each target holds, for all targets in one walk.
     pub fn lookup(&self, blocks: &[Block], matches: &mut Matches) {
         matches.clear();
-        let Matches { matches, holders, settled } = matches;
         // From the deepest block up, so that each holder is met once, however many blocks it holds.
         let mut depth = blocks.len() as u32;
         for together in blocks.rchunks(BLOCKS_TOGETHER) {
             self.store.table.warm(together.iter().map(|block| block.key));
             for block in together.iter().rev() {
                 if let Some(position) = self.store.table.find(block.key) {
-                    self.store.settle(position, settled, |holder| {
-                        let is_resident = self.clocks.age(holder).is_some();
-                        if is_resident {
-                            matches[usize::from(holder.slot())] = Match { blocks: depth, bytes: block.credit };
-                            holders.push(holder.slot());
-                        }
-                        is_resident
-                    });
+                    let found = Match { blocks: depth, bytes: block.credit };
+                    self.store.settle(position, found, &self.clocks, matches);
                 }
                 depth -= 1;
             }

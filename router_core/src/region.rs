@@ -9,7 +9,7 @@
 //! header     8 words: magic, layout hash, words in all, processes, state of the generator, hash seed, process that has the lock
 //! lock       a cache line                                        (region/robust_lock.rs)
 //! models     names as hashes, availability bitsets               (model.rs)
-//! targets    columns [slot], and per process [process][slot]     (target.rs)
+//! targets    loads, records [slot], and [process][slot]          (target.rs)
 //! keys       whom routing keys were given to                      (sticky_keys.rs)
 //! index      prefix index                                        (prefix_index.rs)
 //! ```

@@ -310,6 +310,15 @@ fn a_body_that_no_worker_takes_is_refused() {
         (Completions, r#"{"prompt":[4294967296]}"#.into(), Some("prompt")),
         (Generate, "{}".into(), Some("text")),
         (Generate, r#"{"input_ids":"x","input_ids":[1.5]}"#.into(), Some("input_ids")),
+        (Generate, r#"{"input_ids":[1,"x"]}"#.into(), Some("input_ids")),
+        (Generate, r#"{"input_ids":[1,null]}"#.into(), Some("input_ids")),
+        (Generate, r#"{"input_ids":[1,-2]}"#.into(), Some("input_ids")),
+        (Generate, r#"{"input_ids":[1,2.5]}"#.into(), Some("input_ids")),
+        (Generate, r#"{"input_ids":[1,[2]]}"#.into(), Some("input_ids")),
+        (Generate, r#"{"input_ids":[[1,{}]]}"#.into(), Some("input_ids")),
+        (Generate, r#"{"input_ids":[[1],[2,true]]}"#.into(), Some("input_ids")),
+        (Generate, r#"{"input_ids":[1,4294967296]}"#.into(), Some("input_ids")),
+        (Completions, r#"{"prompt":[1,"x"]}"#.into(), Some("prompt")),
     ];
     for (endpoint, body, param) in cases {
         let refusal = read(*endpoint, body.as_bytes()).expect_err(body);

@@ -51,19 +51,21 @@ impl CacheAware {
 
     /// Of the targets with a queue of at most `limit` that hold most, if it is enough: the one with the shortest queue.
     fn holder(&self, choice: &mut Choice<'_, '_>, limit: u64) -> Option<u16> {
-        let (candidates, matches) = (choice.candidates, choice.matches);
-        let targets = choice.targets;
-        let fits = |&(slot, _): &(u16, Match)| candidates.contains(slot) && targets.load(slot) <= limit;
-        let most = matches.holders().filter(fits).map(|(_, found)| found.bytes).max()?;
-        let enough = f64::from(most) > f64::from(choice.prompt_bytes) * self.cache_threshold;
-        let best = matches.holders().filter(fits).filter(|(_, found)| found.bytes == most).map(|(slot, _)| slot);
-        if enough { choice.least(best, |choice, slot| choice.targets.load(slot)) } else { None }
+        let (candidates, loads) = (choice.candidates, choice.targets.loads());
+        let matches = choice.matches;
+        let fits = |&(slot, _): &(u16, Match)| candidates.contains(slot) && loads[usize::from(slot)] <= limit;
+        // Those that hold most come first.
+        let (_, most) = matches.holders().find(fits)?;
+        if f64::from(most.bytes) <= f64::from(choice.prompt_bytes) * self.cache_threshold {
+            return None;
+        }
+        let best = matches.holders().filter(fits).take_while(|(_, found)| found.bytes == most.bytes);
+        choice.least(best.map(|(slot, _)| slot), |choice, slot| choice.targets.load(slot))
     }
 }
 
 fn queues(choice: &Choice<'_, '_>) -> (u64, u64) {
-    let loads = choice.candidates.iter().map(|slot| choice.targets.load(slot));
-    loads.fold((u64::MAX, 0), |(shortest, longest), load| (shortest.min(load), longest.max(load)))
+    choice.candidates.extremes(choice.targets.loads())
 }
 
 #[cfg(test)]

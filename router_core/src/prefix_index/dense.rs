@@ -6,6 +6,8 @@
 //! As in `rows`, a dense row carries the position of its entry and is valid only if the entry points back; a chunk carries the
 //! dense row and the place in its directory, and is valid only if the row is and points back. What is not valid is free.
 
+use super::clock::Clocks;
+use super::matches::{GROUP, Match, Matches, ones};
 use super::table::Holder;
 
 /// A row: the position of its entry, marks, the directory.
@@ -15,7 +17,7 @@ pub(super) const CHUNK_WORDS: usize = 1 + CHUNK_SLOTS / 2;
 /// Directories name chunks in 16 bits; 0 is none.
 pub(super) const MAX_CHUNKS: usize = (1 << 16) - 1;
 
-const CHUNK_SLOTS: usize = 32;
+const CHUNK_SLOTS: usize = GROUP;
 /// Places in a directory: enough for every slot.
 const PLACES: usize = super::MAX_TARGETS / CHUNK_SLOTS;
 const PLACE_BITS: u32 = 7;
@@ -32,43 +34,6 @@ const PAUSE: u64 = 64;
 
 type Row = [u64; ROW_WORDS];
 type Chunk = [u64; CHUNK_WORDS];
-
-/// Targets of which a lookup need not hear again.
-#[derive(Clone, Debug)]
-pub(super) struct Settled {
-    /// A bit for each slot, in the shape of chunks; those past the last target are always set.
-    bits: Vec<u32>,
-    targets: usize,
-    /// Of a dense row whose holders are all settled; 0 is that of a row without any.
-    marks: u64,
-}
-
-impl Settled {
-    pub(super) fn new(targets: usize) -> Self {
-        let mut settled = Self { bits: vec![0; targets.div_ceil(CHUNK_SLOTS)], targets, marks: 0 };
-        settled.clear();
-        settled
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.marks = 0;
-        self.bits.fill(0);
-        if let Some(last) = self.bits.last_mut().filter(|_| !self.targets.is_multiple_of(CHUNK_SLOTS)) {
-            *last = u32::MAX << (self.targets % CHUNK_SLOTS);
-        }
-    }
-
-    /// Show `holder` to `settle` if it is not settled, and settle it where that says so.
-    #[inline]
-    pub(super) fn settle(&mut self, holder: Holder, settle: impl FnOnce(Holder) -> bool) {
-        let (place, index) = place_of(holder.slot());
-        let Some(bits) = self.bits.get_mut(place) else { return };
-        let bit = 1 << index;
-        if *bits & bit == 0 && settle(holder) {
-            *bits |= bit;
-        }
-    }
-}
 
 pub(super) struct Dense<'m> {
     /// Where the searches for free rows and for free chunks go on, and how many are left out.
@@ -133,12 +98,12 @@ impl Dense<'_> {
         chunks.flat_map(|(place, words)| ones(bits_of(words)).map(move |index| holder_at(words, place, index)))
     }
 
-    /// Show the holders that are not yet in `settled` to `settle`, and add those for which it says so.
+    /// The resident holders hold `found`, but for those that are settled.
     #[inline]
-    pub(super) fn settle(&self, row: u32, settled: &mut Settled, mut settle: impl FnMut(Holder) -> bool) {
+    pub(super) fn settle(&self, row: u32, found: Match, clocks: &Clocks<'_>, matches: &mut Matches) {
         let Some(directory) = self.row(row) else { return };
         // Most often those who hold a block hold the one before it too, and nobody else does.
-        if directory[MARKS] == settled.marks {
+        if directory[MARKS] == matches.settled_marks {
             return;
         }
         let mut open = 0;
@@ -146,20 +111,17 @@ impl Dense<'_> {
             let Some(words) = self.chunk(chunk).filter(|words| owner_word(words) == owner_of(row, place)) else {
                 continue;
             };
-            let Some(bits) = settled.bits.get_mut(place) else { break };
-            // A plain loop over what `ones` gives: it is the hot one, and 0.5 us faster for 512 holders so.
-            let mut unsettled = bits_of(words) & !*bits;
-            let mut added = 0;
-            while unsettled != 0 {
-                let index = unsettled.trailing_zeros() as usize;
-                unsettled &= unsettled - 1;
-                added |= u32::from(settle(holder_at(words, place, index))) << index;
+            let unsettled = bits_of(words) & !matches.settled(place);
+            if unsettled != 0 {
+                let resident = clocks.resident(place, unsettled, stamps_of(words));
+                if resident != 0 {
+                    matches.settle(place, resident, found);
+                }
+                open |= unsettled & !resident;
             }
-            *bits |= added;
-            open |= bits_of(words) & !*bits;
         }
         if open == 0 {
-            settled.marks = directory[MARKS];
+            matches.settled_marks = directory[MARKS];
         }
     }
 
@@ -294,6 +256,10 @@ fn bits_of(words: &Chunk) -> u32 {
     words[0] as u32
 }
 
+fn stamps_of(words: &Chunk) -> &[u64; CHUNK_SLOTS / 2] {
+    words.last_chunk().unwrap_or(&[0; CHUNK_SLOTS / 2])
+}
+
 fn owner_word(words: &Chunk) -> u64 {
     words[0] >> 32
 }
@@ -307,15 +273,6 @@ fn owner_of(row: u32, place: usize) -> u64 {
 fn claimed_by(words: &Chunk) -> (u32, usize) {
     let owner = owner_word(words);
     ((owner >> PLACE_BITS).saturating_sub(1) as u32, owner as usize % PLACES)
-}
-
-/// The numbers of the bits that are 1.
-fn ones(mut bits: u32) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let bit = bits.trailing_zeros() as usize;
-        bits &= bits.wrapping_sub(1);
-        (bit < CHUNK_SLOTS).then_some(bit)
-    })
 }
 
 /// What stands for a slot in the marks of a row: its number, scattered over 64 bits.

@@ -2,7 +2,9 @@
 //!
 //! Residency is not known here: whoever calls says how old a holder is (`age`: None when it is not resident).
 
-use super::dense::{Dense, Settled};
+use super::clock::Clocks;
+use super::dense::Dense;
+use super::matches::{Match, Matches};
 use super::rows::{HOLDERS, Rows};
 use super::table::{Entry, Holder, Table};
 
@@ -28,12 +30,14 @@ impl Store<'_> {
         }
     }
 
-    /// Show the holders that are not yet in `settled` to `settle`, and add those for which it says so.
+    /// The resident holders hold `found`, but for those that are settled.
     #[inline]
-    pub(super) fn settle(&self, position: u32, settled: &mut Settled, mut settle: impl FnMut(Holder) -> bool) {
+    pub(super) fn settle(&self, position: u32, found: Match, clocks: &Clocks<'_>, matches: &mut Matches) {
         match self.table.entry(position) {
-            Entry::Dense(row) if self.dense.belongs(row, position) => self.dense.settle(row, settled, settle),
-            _ => self.each_holder(position, |holder| settled.settle(holder, &mut settle)),
+            Entry::Dense(row) if self.dense.belongs(row, position) => self.dense.settle(row, found, clocks, matches),
+            _ => self.each_holder(position, |holder| {
+                matches.settle_one(holder, found, |holder| clocks.age(holder).is_some());
+            }),
         }
     }
 

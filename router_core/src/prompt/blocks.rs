@@ -12,6 +12,8 @@ pub(super) const TOOL_BLOCKS: usize = 512;
 /// + 2^16) is more than 1 GB.
 const GROWING_BLOCKS: usize = 256;
 
+const SHORT_PROMPT_BLOCKS: usize = 16;
+
 /// Length in bytes of the block with this index. Fine at the start, where prompts part most often; coarse later, because the
 /// index pays 16 bytes per block: 18 blocks for the first 4 KB (72 bytes of index per KB), 74 for 32 KB (37 per KB).
 fn block_length(index: usize, limit: usize) -> usize {
@@ -82,7 +84,9 @@ pub(super) struct BlockStream<'r> {
 
 impl<'r> BlockStream<'r> {
     pub(super) fn new(hash: &'r BlockHash, limit: usize) -> Self {
-        Self { hash, limit, partial: Vec::new(), blocks: Vec::new(), answers: Vec::new(), text_bytes: 0 }
+        // Room for a short prompt at once, and not in three steps.
+        let (partial, blocks) = (Vec::with_capacity(block_length(0, limit)), Vec::with_capacity(SHORT_PROMPT_BLOCKS));
+        Self { hash, limit, partial, blocks, answers: Vec::new(), text_bytes: 0 }
     }
 
     /// Bytes of text fed so far.

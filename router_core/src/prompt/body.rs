@@ -9,7 +9,7 @@ use sonic_rs::Deserializer as JsonDeserializer;
 use super::blocks::{BlockHash, BlockStream, TOOL_BLOCKS, link};
 use super::chat::Messages;
 use super::guard::{self, Refusal};
-use super::input::{Input, InputSeed};
+use super::input::{EXPECTED_ID, Input, InputSeed, WRONG};
 use super::json::{Any, AnyScalar, FreeFormList, MAX_DEPTH, Name, Scalar, Skip, TOO_DEEP, visit_alike};
 use super::{BadRequest, Endpoint, Prompt};
 
@@ -31,10 +31,18 @@ pub(super) fn read(hash: &BlockHash, endpoint: Endpoint, body: &[u8]) -> Result<
     let mut json = JsonDeserializer::from_str(text).utf8_lossy();
     let fields = Fields::new(hash, endpoint);
     let fields = Any(fields).deserialize(&mut json).and_then(|fields| json.end().map(|()| fields));
-    let fields = fields.map_err(|error| malformed(&error.to_string()))?;
+    let fields = fields.map_err(|error| unreadable(endpoint, &error.to_string()))?;
     let fields = fields.ok_or_else(|| BadRequest::new("The body must be a JSON object.", None))?;
     let splice_offset = text.trim_end().len() - 1;
     fields.into_prompt(hash, splice_offset)
+}
+
+fn unreadable(endpoint: Endpoint, reason: &str) -> BadRequest {
+    if !reason.contains(EXPECTED_ID) {
+        return malformed(reason);
+    }
+    let param = if endpoint == Endpoint::Completions { "prompt" } else { "input_ids" };
+    BadRequest::new(format!("'{param}' {WRONG}."), Some(param))
 }
 
 fn malformed(reason: &str) -> BadRequest {
@@ -213,7 +221,8 @@ impl<'r, 'de> Fields<'r, 'de> {
                 return Err(BadRequest::new(message, Some(param)));
             }
         };
-        let mut namespace = vec![found.kind as u8];
+        let mut namespace = Vec::with_capacity(64);
+        namespace.push(found.kind as u8);
         for part in std::iter::once(&model).chain(&self.namespace) {
             // Length first, so that no two lists of parts read alike; 0 for what is absent.
             let part = part.as_deref().map_or(Cow::Borrowed(""), Cow::Borrowed);
