@@ -201,7 +201,7 @@ fn fleet(memory_bytes: usize, slots: impl Iterator<Item = usize>, text_bytes: us
 
 /// An index whose dense rows, a sixteenth of it, have so much memory.
 fn with_dense_bytes(dense_bytes: usize) -> usize {
-    let clocks_bytes = 4096 * 64;
+    let clocks_bytes = 4096 * (64 + 8);
     dense_bytes * 16 + clocks_bytes
 }
 
@@ -209,6 +209,49 @@ fn with_dense_bytes(dense_bytes: usize) -> usize {
 fn a_prefix_of_32_kb_held_by_1024_targets_takes_400_kb() {
     // Besides, only its entries of 16 bytes.
     assert_eq!(fleet(with_dense_bytes(396 << 10), 0..1024, 32 << 10), (1024, 1024));
+}
+
+/// Blocks of a prompt of `text_bytes`, all of them unlike any other prompt's.
+fn unlike(number: u64, template: &[Block]) -> Vec<Block> {
+    let scatter = |index: usize| (number << 12 | index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mixed = |word: u64| (word ^ word >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let key = |index| mixed(scatter(index)) ^ mixed(scatter(index)) >> 32;
+    template.iter().enumerate().map(|(index, block)| Block { key: key(index), ..*block }).collect()
+}
+
+/// KB of index for each MB of text in prompts of `text_bytes`, and which share of that text the default index then knows, when it
+/// is filled to `load`.
+fn memory_per_text(text_bytes: usize, load: f64) -> (f64, f64) {
+    let layout = Layout::new(16 << 20, 4096);
+    let mut memory = vec![0; layout.words()];
+    let mut index = layout.attach(&mut memory);
+    index.open_target(0, CAPACITY_BYTES);
+    let body = json!({"text": "x".repeat(text_bytes)}).to_string();
+    let template = PromptReader::new(7).read(Endpoint::Generate, body.as_bytes()).expect("a prompt").blocks;
+    let prompts = (layout.entries() as f64 * load) as u64 / template.len() as u64;
+    for number in 0..prompts {
+        index.stamp(0, &unlike(number, &template), Match::default(), text_bytes as u64);
+    }
+    let mut matches = Matches::new(4096);
+    let known: u64 = (0..prompts)
+        .map(|number| {
+            index.lookup(&unlike(number, &template), &mut matches);
+            u64::from(matches.of(0).bytes)
+        })
+        .sum();
+    let sent = prompts * text_bytes as u64;
+    let kilobytes_per_megabyte = (layout.words() * 8) as f64 / 1024.0 / (sent as f64 / 1_048_576.0);
+    (kilobytes_per_megabyte, known as f64 / sent as f64)
+}
+
+#[test]
+fn a_megabyte_of_text_takes_100_kb_in_short_prompts_and_60_kb_in_long_ones() {
+    for (text_bytes, load, most) in [(4 << 10, 0.9, 100.0), (32 << 10, 0.9, 60.0), (4 << 10, 1.0, 90.0)] {
+        let (kilobytes, known) = memory_per_text(text_bytes, load);
+        println!("{text_bytes} bytes: {kilobytes:.1} KB per MB, {:.1} % known", known * 100.0);
+        assert!(kilobytes <= most, "{kilobytes:.1} KB per MB of prompts of {text_bytes} bytes");
+        assert!(known > 0.95, "{:.1} % known", known * 100.0);
+    }
 }
 
 #[test]

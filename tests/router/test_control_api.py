@@ -196,6 +196,19 @@ async def test_loads() -> None:
         }
 
 
+async def test_what_was_lost_is_swept_at_once() -> None:
+    async with FakeWorker() as worker, running_control(index_memory=1 << 20) as control:
+        worker_id = await control.register(worker.url)
+        await control.reaches(worker_id, "ready")
+        core = control.core
+        for number in range(100):
+            lease = core.select(core.read(b"/generate", b"", b'{"text": "%d"}' % number, 1), 1, False)
+            assert lease is not None
+        assert (await control.http.post("/flush_cache")).status_code == 200
+        await asyncio.sleep(2.5)
+        assert core.evict(1, 1 << 20) == 0
+
+
 async def test_flush() -> None:
     async with running_control() as control:
         empty = await control.http.post("/flush_cache")

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 # How often the core is asked which workers to probe, and drained workers are looked at.
 TICK_SECONDS: Final = 0.1
+# After a worker has lost its cache, the whole index is swept in this time: blocks that hundreds of workers have lost at
+# once, as when new weights are loaded, are looked through in vain until then.
+_SWEEP_AFTER_LOSS_SECONDS: Final = 2.0
 # A bucket of the index is a cache line.
 _BUCKET_BYTES: Final = 64
 # The sockets to the control app are inside this process: an idle one costs nothing, so the data plane closes it first.
@@ -124,10 +127,17 @@ class ControlPlane:
         self._prober.start_due()
         self._sweep_index(now_ns)
 
+    def _sweep_seconds(self, now_ns: int) -> float:
+        forgot_ns = self.registry.forgot_ns
+        seconds = self._config.eviction_interval_secs
+        if forgot_ns is None or (now_ns - forgot_ns) / 1e9 > _SWEEP_AFTER_LOSS_SECONDS + 2 * TICK_SECONDS:
+            return seconds
+        return min(seconds, _SWEEP_AFTER_LOSS_SECONDS)
+
     def _sweep_index(self, now_ns: int) -> None:
-        """The whole index once per `eviction_interval_secs`, in slices of well under a millisecond."""
+        """The whole index once per `eviction_interval_secs`, in slices of a millisecond at most."""
         elapsed = (now_ns - self._swept_ns) / 1e9
         if elapsed >= TICK_SECONDS:
             self._swept_ns = now_ns
-            share = min(1.0, elapsed / self._config.eviction_interval_secs)
+            share = min(1.0, elapsed / self._sweep_seconds(now_ns))
             self._core.evict(now_ns, int(self._config.index_memory / _BUCKET_BYTES * share) + 1)

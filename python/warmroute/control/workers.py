@@ -76,6 +76,8 @@ class Registry:
         self._drain_ns = drain_ns
         self._indexed_bytes = indexed_bytes
         self._workers: dict[str, Worker] = {}
+        self.forgot_ns: int | None = None
+        """When a worker lost its cache last."""
         self.retired_selections: dict[tuple[str, str], int] = {}
         """(model, policy) -> selections of workers that are gone, so that sums over the fleet never fall."""
 
@@ -204,6 +206,7 @@ class Registry:
         """It restarted or was flushed."""
         if worker.slots:
             self._core.restart_worker(worker.head, now_ns)
+            self.forgot_ns = now_ns
 
     def drain(self, worker: Worker, now_ns: int) -> None:
         """No new requests; `settle` removes it when it is idle or out of time. A second call changes nothing."""
