@@ -230,6 +230,7 @@ class Core:
     def __new__(
         cls,
         *,
+        region_file: str | None,
         policy: str,
         shadow_policy: str | None,
         cache_threshold: float,
@@ -241,6 +242,7 @@ class Core:
         eviction_interval_ns: int,
         index_memory_bytes: int,
         hash_seed: int,
+        any_hash_seed: bool,
         seed: int,
         strict_model: bool,
         health_failure_threshold: int,
@@ -252,6 +254,17 @@ class Core:
         breaker_window_ns: int,
         duration_buckets_ns: Sequence[int],
     ) -> Core: ...
+
+    # -- a region in a file
+    @property
+    def region_found(self) -> str | None:
+        """What the file was: "new", "kept", or why what was in it could not go on. None: there is no file."""
+    def take_over(self) -> list[int]:
+        """Heads of the workers in a region that goes on; all are pending now, with nothing in flight."""
+    def publish_registry(self, text: bytes, /) -> None:
+        """Leave what the region does not say of the workers. Raises MemoryError when it is longer than 2 MiB."""
+    def registry(self) -> tuple[int, bytes]:
+        """(version, text) that was left last; version 0: none was."""
 
     # -- a request
     def read(self, path: bytes, routing_headers: bytes, body: bytes, now_ns: int, /) -> RoutedRequest:

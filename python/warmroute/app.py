@@ -61,7 +61,7 @@ async def serve(settings: Settings) -> int:
     """Start, answer until SIGTERM or SIGINT, finish what runs. Raises CannotStart."""
     settings = settings.with_drawn(**_drawn_seeds(settings.config))
     config = settings.config
-    core = build_core(config)
+    core = _core_of(settings)
     directory, counts = Directory(), HttpCounts()
     if config.record_decisions:
         _check_writable(config.record_decisions)
@@ -130,11 +130,15 @@ class RunningDataPlane:
         self._plane.close()
 
 
-def build_core(config: RouterConfig) -> Core:
-    """`config.seed` and `config.hash_seed` must be known."""
+def build_core(config: RouterConfig, any_hash_seed: bool = False) -> Core:
+    """`config.seed` and `config.hash_seed` must be known. `any_hash_seed`: a region in a file keeps its own.
+
+    Raises OSError when the region's file cannot be used.
+    """
     assert config.seed is not None
     assert config.hash_seed is not None
     return Core(
+        region_file=config.region_file,
         policy=config.policy,
         shadow_policy=config.shadow_policy,
         cache_threshold=config.cache_threshold,
@@ -146,6 +150,7 @@ def build_core(config: RouterConfig) -> Core:
         eviction_interval_ns=int(config.eviction_interval_secs * 1e9),
         index_memory_bytes=config.index_memory,
         hash_seed=config.hash_seed,
+        any_hash_seed=any_hash_seed,
         seed=config.seed,
         strict_model=config.strict_model,
         health_failure_threshold=config.health_failure_threshold,
@@ -157,6 +162,21 @@ def build_core(config: RouterConfig) -> Core:
         breaker_window_ns=int(config.cb_window_duration_secs * 1e9),
         duration_buckets_ns=[int(seconds * 1e9) for seconds in config.prometheus_duration_buckets],
     )
+
+
+def _core_of(settings: Settings) -> Core:
+    """Raises CannotStart."""
+    config = settings.config
+    try:
+        core = build_core(config, any_hash_seed=settings.origins["hash_seed"] == "drawn at start")
+    except OSError as error:
+        reason = error.strerror or error
+        raise CannotStart(f"cannot use {config.region_file}: {reason} (--region-file)") from None
+    if core.region_found == "kept":
+        log.info("%s: goes on with what the last router knew", config.region_file)
+    elif core.region_found not in (None, "new"):
+        log.warning("%s: begins empty: %s", config.region_file, core.region_found)
+    return core
 
 
 def _check_writable(path: str) -> None:

@@ -96,6 +96,11 @@ class RouterConfig:
     max_tree_size: int = _flag(1 << 26, "most characters of prompt the index credits one worker with", "CHARACTERS")
     # A million entries of 16 bytes, each for a block of 128..512 characters.
     index_memory: int = _flag(16 * MIB, "bytes of memory for the prefix index of all workers", "BYTES")
+    region_file: str | None = _flag(
+        None,
+        "keep the prefix index and the workers in this file, so that a restarted router is warm; best in /dev/shm",
+        "FILE",
+    )
     strict_model: bool = _flag(False, "answer 404 to an unknown model even when only one model is served")
     seed: int | None = _flag(None, "seed of every random choice, for reproducible runs", "INTEGER")
     # Whoever knows it can make prompts that collide.

@@ -6,17 +6,24 @@
 //! [`Region::clear_process`] zeroes; index entries are hints that are checked at use.
 //!
 //! ```text
-//! header     8 words: magic, layout hash, words in all, processes, state of the generator, hash seed, process that has the lock
+//! header     8 words: magic, layout hash, words in all, processes, state of the generator, hash seed, process that has the lock,
+//!            boot id
 //! lock       a cache line                                        (region/robust_lock.rs)
 //! models     names as hashes, availability bitsets               (model.rs)
 //! targets    loads, records [slot], and [process][slot]          (target.rs)
 //! keys       whom routing keys were given to                      (sticky_keys.rs)
+//! registry   what the control process knows of the workers           (region/registry.rs)
 //! index      prefix index                                        (prefix_index.rs)
 //! ```
 #![allow(unsafe_code, reason = "slices of memory that other processes map too")]
 
+mod file;
 mod mapping;
+mod registry;
 mod robust_lock;
+
+pub use file::Found;
+pub use registry::RegistryText;
 
 use std::fs::File;
 use std::io;
@@ -40,7 +47,7 @@ pub const MAX_TARGETS: usize = prefix_index::MAX_TARGETS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"warmrout");
 /// Changes with every change of what stands where that sizes do not show.
-const LAYOUT_VERSION: u64 = 3;
+const LAYOUT_VERSION: u64 = 4;
 
 /// A cache line. Sections begin on one: the index counts on it.
 const LINE_WORDS: usize = 8;
@@ -54,6 +61,8 @@ const RANDOM_WORD: usize = 4;
 const HASH_SEED_WORD: usize = 5;
 /// Which process has the lock, counted from 1; for whoever looks at a region that hangs.
 const HOLDER_WORD: usize = 6;
+/// Of regions in files: which start of the machine its times are of.
+const BOOT_WORD: usize = 7;
 
 /// Decisions take microseconds: a lock that is not had by then is somebody's who hangs.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(100);
@@ -65,6 +74,7 @@ pub struct Layout {
     models: Range<usize>,
     targets: Range<usize>,
     sticky_keys: Range<usize>,
+    registry: Range<usize>,
     index: Range<usize>,
     index_layout: prefix_index::Layout,
 }
@@ -77,8 +87,9 @@ impl Layout {
         let models = section(HEADER_WORDS + robust_lock::WORDS, model::WORDS);
         let targets = section(models.end.next_multiple_of(LINE_WORDS), target::words(processes));
         let sticky_keys = section(targets.end.next_multiple_of(LINE_WORDS), sticky_keys::WORDS);
-        let index = section(sticky_keys.end.next_multiple_of(LINE_WORDS), index_layout.words());
-        Self { processes, models, targets, sticky_keys, index, index_layout }
+        let registry = section(sticky_keys.end.next_multiple_of(LINE_WORDS), registry::WORDS);
+        let index = section(registry.end.next_multiple_of(LINE_WORDS), index_layout.words());
+        Self { processes, models, targets, sticky_keys, registry, index, index_layout }
     }
 
     /// Of the whole block.
@@ -113,9 +124,9 @@ impl Region {
     ///
     /// # Panics
     /// When the system has no memory left, as any allocation.
-    pub fn anonymous(index_memory_bytes: usize, seed: u64) -> Self {
+    pub fn anonymous(index_memory_bytes: usize, seed: u64, hash_seed: u64) -> Self {
         let layout = Layout::new(1, index_memory_bytes);
-        let made = Mapping::private(layout.words()).and_then(|memory| Self::format(layout, memory, seed, 0));
+        let made = Mapping::private(layout.words()).and_then(|memory| Self::format(layout, memory, seed, hash_seed));
         #[allow(clippy::expect_used, reason = "as an allocation that fails")]
         made.expect("memory for the region")
     }
@@ -255,17 +266,19 @@ impl Guard<'_> {
         let layout = &self.region.layout;
         let process = self.region.process;
         // SAFETY: the guard has the lock, and the sections do not overlap.
-        let (header, models, targets, keys, index) = unsafe {
+        let (header, models, targets, keys, registry, index) = unsafe {
             let words = |range: &Range<usize>| self.region.words(range.clone());
             let (models, targets) = (words(&layout.models), words(&layout.targets));
             let header = self.region.words(0..HEADER_WORDS);
-            (header, models, targets, words(&layout.sticky_keys), words(&layout.index))
+            let (keys, registry) = (words(&layout.sticky_keys), words(&layout.registry));
+            (header, models, targets, keys, registry, words(&layout.index))
         };
         State {
             random: Random(&mut header[RANDOM_WORD]),
             models: Models::new(models),
             targets: Targets::new(targets, layout.processes, process),
             sticky_keys: StickyKeys::new(keys),
+            registry: RegistryText::new(registry),
             index: layout.index_layout.attach(index),
         }
     }
@@ -293,6 +306,8 @@ pub struct State<'m> {
     pub targets: Targets<'m>,
     /// Whom routing keys were given to.
     pub sticky_keys: StickyKeys<'m>,
+    /// What the control process knows of the workers.
+    pub registry: RegistryText<'m>,
     /// What each target probably holds in its cache.
     pub index: PrefixIndex<'m>,
 }
@@ -312,15 +327,20 @@ mod tests {
 
     #[test]
     fn sections_begin_on_cache_lines_and_what_is_written_stays() {
-        let region = Region::anonymous(1 << 20, 5);
+        let region = Region::anonymous(1 << 20, 5, 0);
         let first = region.lock().unwrap().state().random.draw();
         let mut guard = region.lock().unwrap();
         assert_ne!(guard.state().random.draw(), first);
         drop(guard);
         region.check_header().unwrap();
         assert!(region.memory.start().addr().is_multiple_of(64));
-        for section in [&region.layout.models, &region.layout.targets, &region.layout.sticky_keys, &region.layout.index]
-        {
+        for section in [
+            &region.layout.models,
+            &region.layout.targets,
+            &region.layout.sticky_keys,
+            &region.layout.registry,
+            &region.layout.index,
+        ] {
             assert!(section.start.is_multiple_of(LINE_WORDS));
         }
     }

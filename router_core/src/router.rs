@@ -70,7 +70,7 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`] names the setting that cannot be.
     pub fn new(settings: Settings) -> Result<Arc<Self>, Error> {
-        let region = Region::anonymous(settings.index_memory_bytes, settings.seed);
+        let region = Region::anonymous(settings.index_memory_bytes, settings.seed, settings.hash_seed);
         Self::on(region, settings)
     }
 
@@ -81,16 +81,17 @@ impl Router {
     /// [`Error::Invalid`] names the setting that cannot be.
     pub fn on(region: Region, settings: Settings) -> Result<Arc<Self>, Error> {
         settings.validate()?;
+        let hash_seed = region.hash_seed();
         let parameters = &settings.policy_parameters;
         let policies = Policies::new(&settings.policy, parameters).ok_or_else(|| no_policy(&settings.policy))?;
         let shadow = settings.shadow_policy.as_ref().map(|name| Shadow::of(name, parameters)).transpose()?;
         Ok(Arc::new(Self {
             policies,
             shadow,
-            reader: PromptReader::new(settings.hash_seed),
+            reader: PromptReader::new(hash_seed),
             region,
             slab: Slab::new(settings.duration_buckets_ns.clone()),
-            names: Names::new(settings.hash_seed),
+            names: Names::new(hash_seed),
             matches: Mutex::new(Matches::new(MAX_TARGETS)),
             settings,
         }))

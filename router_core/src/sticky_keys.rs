@@ -186,7 +186,7 @@ mod tests {
     const IDLE: u64 = 1_000;
 
     fn with<R>(targets: usize, check: impl FnOnce(StickyKeys<'_>, Targets<'_>) -> R) -> R {
-        let region = Region::anonymous(1 << 20, 1);
+        let region = Region::anonymous(1 << 20, 1, 0);
         let mut guard = region.lock().unwrap();
         let mut state = guard.state();
         for _ in 0..targets {

@@ -4,7 +4,10 @@
 mod fleet;
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,8 +16,8 @@ use std::{env, thread};
 use router_core::error::Error;
 use router_core::outcome::{Outcome, OutcomeKind};
 use router_core::prompt::Endpoint;
-use router_core::region::Region;
-use router_core::router::{Lease, Router, Settings};
+use router_core::region::{Found, Region};
+use router_core::router::{Lease, Request, Router, Settings};
 
 use fleet::{MODEL, settings};
 
@@ -52,6 +55,9 @@ fn spawn(file: &File, process: usize, task: &str) -> Child {
 fn another_process() {
     let Ok(task) = env::var(TASK) else { return };
     let words: Vec<&str> = task.split(' ').collect();
+    if words[2] == "crash" {
+        crash(Path::new(words[3]));
+    }
     let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", words[0])).unwrap();
     let process: usize = words[1].parse().unwrap();
     let region = Region::attach(&file, PROCESSES, settings().index_memory_bytes, process).unwrap();
@@ -182,4 +188,66 @@ fn tempfile_of(file: &File) -> File {
     std::fs::remove_file(&path).unwrap();
     other.set_len(file.metadata().unwrap().len()).unwrap();
     other
+}
+
+fn long_prompt(router: &Arc<Router>) -> Arc<Request> {
+    let body = format!("{{\"text\": \"{}\"}}", "a prompt ".repeat(100));
+    router.read(Endpoint::Generate, b"", body.as_bytes(), 0).unwrap()
+}
+
+/// A router on a region in a file that dies with a request in flight.
+fn crash(path: &Path) {
+    let Settings { index_memory_bytes, .. } = settings();
+    let (region, _file, _) = Region::in_file(path, 1, index_memory_bytes, 7, 12, true).unwrap();
+    let router = Router::on(region, settings()).unwrap();
+    let slots = router.add_worker(&[MODEL.to_owned()], 1, 1_000, None).unwrap();
+    router.observe_probe(slots[0], true).unwrap();
+    let _lease = router.select(&long_prompt(&router), 0, false).unwrap().unwrap();
+    router.publish_registry(b"who is who").unwrap();
+    std::process::abort();
+}
+
+#[test]
+fn a_region_in_a_file_goes_on_after_its_router() {
+    let path = env::temp_dir().join(format!("warmroute-test-region-{}", std::process::id()));
+    let Settings { index_memory_bytes, .. } = settings();
+    let open = |bytes, hash_seed, any| Region::in_file(&path, 1, bytes, 7, hash_seed, any);
+    let (region, file, found) = open(index_memory_bytes, 11, true).unwrap();
+    assert_eq!(found, Found::New);
+    assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(open(index_memory_bytes, 11, true).err().unwrap().kind(), ErrorKind::ResourceBusy);
+
+    drop((region, file));
+    assert!(!spawn(&File::open(&path).unwrap(), 0, &format!("crash {}", path.display())).wait().unwrap().success());
+
+    let (region, file, found) = open(index_memory_bytes, 12, true).unwrap();
+    assert_eq!((found, region.hash_seed()), (Found::Kept, 11));
+    let router = Router::on(region, settings()).unwrap();
+    let slots = router.take_over().unwrap();
+    assert_eq!(slots, [0]);
+    assert_eq!(router.registry().unwrap(), (1, b"who is who".to_vec()));
+    let target = router.target(slots[0]).unwrap();
+    assert_eq!((target.load, target.health, target.available), (0, "pending", false));
+    router.check_integrity().unwrap();
+    assert!(router.select(&long_prompt(&router), 0, false).unwrap().is_none());
+    router.observe_probe(slots[0], true).unwrap();
+    let lease = router.select(&long_prompt(&router), 0, false).unwrap().unwrap();
+    assert!(lease.match_bytes() > 800, "{} bytes", lease.match_bytes());
+    drop((lease, router, file));
+
+    let replaced = |found: Found| if let Found::Replaced(reason) = found { reason } else { panic!("{found:?}") };
+    let (region, file, found) = open(index_memory_bytes, 12, false).unwrap();
+    assert_eq!((replaced(found).contains("--hash-seed"), region.hash_seed()), (true, 12));
+    drop((region, file));
+    assert!(replaced(open(2 * index_memory_bytes, 12, false).unwrap().2).contains("--index-memory"));
+    // The word that says of which start of the machine it is.
+    File::options().write(true).open(&path).unwrap().write_all_at(&[1; 8], 7 * 8).unwrap();
+    assert!(replaced(open(2 * index_memory_bytes, 12, false).unwrap().2).contains("machine was started"));
+
+    for content in [&b"a diary"[..], &[b'x'; 10_000]] {
+        std::fs::write(&path, content).unwrap();
+        assert_eq!(open(index_memory_bytes, 12, false).err().unwrap().kind(), ErrorKind::InvalidData);
+        assert_eq!(std::fs::read(&path).unwrap(), content);
+    }
+    std::fs::remove_file(&path).unwrap();
 }

@@ -15,6 +15,8 @@ MODEL = "llama"
 
 def core(workers: int = 0, **changed: Any) -> Core:
     settings: dict[str, Any] = {
+        "region_file": None,
+        "any_hash_seed": False,
         "policy": "cache_aware",
         "shadow_policy": None,
         "cache_threshold": 0.5,

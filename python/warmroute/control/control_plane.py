@@ -19,6 +19,7 @@ from warmroute.control.fleet_api import FleetApi
 from warmroute.control.metrics import RouterCollector
 from warmroute.control.probe_schedule import ProbeIntervals, ProbeSchedule
 from warmroute.control.prober import Prober
+from warmroute.control.registry_text import decode, encode
 from warmroute.control.worker_api import WorkerApi
 from warmroute.control.worker_client import WorkerClient
 from warmroute.control.worker_spec import WorkerSpec
@@ -82,10 +83,37 @@ class ControlPlane:
         await self._metrics_runner.setup()
         site = web.TCPSite(self._metrics_runner, self._config.prometheus_host, self._config.prometheus_port)
         await site.start()
-        for url in self._config.worker_urls:
-            spec = WorkerSpec(url=parse_worker_url(url), api_key=self._config.api_key)
-            self._prober.watch(self.registry.add(spec, monotonic_ns(), time_ns() // 1_000_000))
+        self._take_over()
+        known = {worker.spec.url for worker in self.registry}
+        for url in map(parse_worker_url, self._config.worker_urls):
+            if url not in known:
+                self.registry.add(
+                    WorkerSpec(url=url, api_key=self._config.api_key), monotonic_ns(), time_ns() // 1_000_000
+                )
+        for worker in self.registry:
+            self._prober.watch(worker)
         self._loop_task = asyncio.create_task(self._run())
+
+    def _take_over(self) -> None:
+        """Of a region that goes on: its workers."""
+        if self._core.region_found != "kept":
+            return
+        _, text = self._core.registry()
+        try:
+            records = decode(text)
+        except ValueError as error:
+            log.warning("%s: its workers cannot be read (%s)", self._config.region_file, error)
+            records = []
+        self.registry.take_over(self._core.take_over(), records, self._config.api_key, monotonic_ns())
+
+    def _publish(self) -> None:
+        if self._core.region_found is None or not self.registry.changed:
+            return
+        self.registry.changed = False
+        try:
+            self._core.publish_registry(encode(self.registry.records(self._config.api_key)))
+        except MemoryError as error:
+            log.warning("the registry is too long for the region: it will not be taken over whole (%s)", error)
 
     async def control_upstream(self) -> socket.socket:
         """A socket whose other end is the control app."""
@@ -126,6 +154,7 @@ class ControlPlane:
             self._prober.forget(worker)
         self._prober.start_due()
         self._sweep_index(now_ns)
+        self._publish()
 
     def _sweep_seconds(self, now_ns: int) -> float:
         forgot_ns = self.registry.forgot_ns

@@ -8,11 +8,12 @@ its health is the core's health machine, fed by the prober.
 import asyncio
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from warmroute._core import Core, TargetInfo
+from warmroute.control.registry_text import Key, Record
 from warmroute.control.worker_facts import WorkerFacts
 from warmroute.control.worker_id import new_worker_id
 from warmroute.control.worker_spec import WorkerSpec
@@ -76,6 +77,8 @@ class Registry:
         self._drain_ns = drain_ns
         self._indexed_bytes = indexed_bytes
         self._workers: dict[str, Worker] = {}
+        self.changed = False
+        """Since the registry was last published: who is there, or in which slots."""
         self.forgot_ns: int | None = None
         """When a worker lost its cache last."""
         self.retired_selections: dict[tuple[str, str], int] = {}
@@ -138,8 +141,42 @@ class Registry:
         address = WorkerAddress.of(worker_id, spec.url, spec.api_key)
         worker = Worker(worker_id, spec, address, registered_ns=now_ns, registered_unix_ms=unix_ms)
         self._workers[worker_id] = worker
+        self.changed = True
         log.info("worker %s: registered as %s", spec.url, worker_id)
         return worker
+
+    def take_over(self, heads: Iterable[int], records: Iterable[Record], router_key: str | None, now_ns: int) -> None:
+        """The workers of the router that had the region before, whose `heads` are still in it. Each is asked anew what
+        it serves, and keeps its slots, and with them what is known of its cache, if it has as many ranks as before."""
+        left = set(heads)
+        for record in records:
+            if record.key == "own":
+                log.warning("worker %s: had a key of its own, which is not kept: register it again", record.spec.url)
+                continue
+            spec = replace(record.spec, api_key=router_key if record.key == "router" else None)
+            address = WorkerAddress.of(record.worker_id, spec.url, spec.api_key)
+            worker = Worker(record.worker_id, spec, address, now_ns, record.registered_unix_ms)
+            if record.slots and record.slots[0] in left:
+                left.discard(record.slots[0])
+                worker.slots = record.slots
+            self._workers[worker.worker_id] = worker
+            log.info("worker %s: taken over as %s", spec.url, worker.worker_id)
+        for head in left:
+            self._core.remove_worker(head)
+
+    def records(self, router_key: str | None) -> list[Record]:
+        """Of everybody but those that are leaving."""
+
+        def key(worker: Worker) -> Key:
+            if worker.spec.api_key is None:
+                return "none"
+            return "router" if worker.spec.api_key == router_key else "own"
+
+        return [
+            Record(w.worker_id, replace(w.spec, api_key=None), key(w), w.registered_unix_ms, w.slots)
+            for w in self
+            if not w.is_draining
+        ]
 
     def identified(self, worker: Worker, facts: WorkerFacts, now_ns: int) -> None:
         """It told what it serves: for the first time, or again after it was lost.
@@ -155,6 +192,7 @@ class Registry:
         if not worker.slots:
             slots = self._core.add_worker(facts.models, facts.dp_size, facts.kv_capacity_tokens, asked, now_ns)
             worker.slots = tuple(slots)
+            self.changed = True
         else:
             if facts != worker.facts:
                 self._core.update_worker(worker.head, facts.models, facts.kv_capacity_tokens, asked, now_ns)
@@ -213,6 +251,7 @@ class Registry:
         if worker.is_draining:
             return
         worker.drain_deadline_ns = now_ns + self._drain_ns
+        self.changed = True
         if worker.slots:
             self._core.drain_worker(worker.head)
         log.info("worker %s: draining, %d requests in flight", worker.spec.url, self.load(worker))
@@ -236,10 +275,11 @@ class Registry:
     def _free(self, worker: Worker) -> None:
         if not worker.slots:
             return
-        assert worker.facts is not None  # slots are claimed with facts
-        key = worker.facts.models[0], self._core.policy_of_model(worker.facts.models[0])
-        selections = sum(target.selections for target in self.targets(worker))
-        self.retired_selections[key] = self.retired_selections.get(key, 0) + selections
+        if worker.facts is not None:  # else it was taken over, and has not answered since
+            key = worker.facts.models[0], self._core.policy_of_model(worker.facts.models[0])
+            selections = sum(target.selections for target in self.targets(worker))
+            self.retired_selections[key] = self.retired_selections.get(key, 0) + selections
         self._directory.remove(worker.slots)
         self._core.remove_worker(worker.head)
         worker.slots = ()
+        self.changed = True

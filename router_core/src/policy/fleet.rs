@@ -19,7 +19,7 @@ pub(super) struct Fleet {
 impl Fleet {
     /// One target per load, each with a cache of `capacity_bytes`.
     pub(super) fn new(loads: &[u64], capacity_bytes: u64) -> Self {
-        let region = Region::anonymous(1 << 20, 1);
+        let region = Region::anonymous(1 << 20, 1, 0);
         let mut guard = region.lock().unwrap();
         let mut state = guard.state();
         for &load in loads {

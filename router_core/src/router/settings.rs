@@ -23,7 +23,7 @@ pub struct Settings {
     pub eviction_interval_ns: u64,
     /// Of the prefix index, about.
     pub index_memory_bytes: usize,
-    /// Of the keys of prompts. Whoever knows it can make prompts collide.
+    /// Of the keys of prompts, when the region is made. Whoever knows it can make prompts collide.
     pub hash_seed: u64,
     /// Of every random choice.
     pub seed: u64,

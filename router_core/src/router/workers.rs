@@ -1,6 +1,7 @@
 //! Workers come, change, are watched, and go.
 
 use super::{Router, Transition, no_policy};
+use crate::breaker::Breaker;
 use crate::error::Error;
 use crate::health::Health;
 use crate::policy::Policies;
@@ -63,6 +64,48 @@ impl Router {
         self.describe(&mut state, head, served, kv_capacity_tokens);
         self.refresh_availability(&mut state, head);
         Ok(())
+    }
+
+    /// The region goes on after its last router: what was in flight is gone, and no worker is known to be well. Heads of the workers
+    /// that are still there.
+    ///
+    /// # Errors
+    /// [`Error::RegionBusy`].
+    pub fn take_over(&self) -> Result<Vec<u16>, Error> {
+        let mut guard = self.lock()?;
+        let mut state = guard.state();
+        let heads: Vec<u16> = state.targets.heads().collect();
+        for &head in &heads {
+            state.targets.set_health(head, Health::NEW);
+            state.targets.set_breaker(head, Breaker::NEW);
+            for field in [Field::Draining, Field::ProbeWanted] {
+                state.targets.set(field, head, 0);
+            }
+            self.refresh_availability(&mut state, head);
+        }
+        Ok(heads)
+    }
+
+    /// Leave `text` for the other processes of the region, and for the next router on it.
+    ///
+    /// # Errors
+    /// [`Error::Full`] when it is too long, [`Error::RegionBusy`].
+    pub fn publish_registry(&self, text: &[u8]) -> Result<(), Error> {
+        if self.lock()?.state().registry.write(text) {
+            Ok(())
+        } else {
+            Err(Error::Full("room for a text of that length"))
+        }
+    }
+
+    /// The text that was left last, and its version; 0: none was.
+    ///
+    /// # Errors
+    /// [`Error::RegionBusy`].
+    pub fn registry(&self) -> Result<(u64, Vec<u8>), Error> {
+        let mut guard = self.lock()?;
+        let registry = guard.state().registry;
+        Ok((registry.version(), registry.read()))
     }
 
     /// The worker at `head` has lost its cache.
