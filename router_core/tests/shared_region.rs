@@ -195,10 +195,23 @@ fn long_prompt(router: &Arc<Router>) -> Arc<Request> {
     router.read(Endpoint::Generate, b"", body.as_bytes(), 0).unwrap()
 }
 
+/// Children that other tests start have the file, too, until they begin.
+fn open_in(path: &Path, bytes: usize, hash_seed: u64, any_hash_seed: bool) -> std::io::Result<(Region, File, Found)> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match Region::in_file(path, 1, bytes, 7, hash_seed, any_hash_seed) {
+            Err(busy) if busy.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
+}
+
 /// A router on a region in a file that dies with a request in flight.
 fn crash(path: &Path) {
     let Settings { index_memory_bytes, .. } = settings();
-    let (region, _file, _) = Region::in_file(path, 1, index_memory_bytes, 7, 12, true).unwrap();
+    let (region, _file, _) = open_in(path, index_memory_bytes, 12, true).unwrap();
     let router = Router::on(region, settings()).unwrap();
     let slots = router.add_worker(&[MODEL.to_owned()], 1, 1_000, None).unwrap();
     router.observe_probe(slots[0], true).unwrap();
@@ -211,11 +224,12 @@ fn crash(path: &Path) {
 fn a_region_in_a_file_goes_on_after_its_router() {
     let path = env::temp_dir().join(format!("warmroute-test-region-{}", std::process::id()));
     let Settings { index_memory_bytes, .. } = settings();
-    let open = |bytes, hash_seed, any| Region::in_file(&path, 1, bytes, 7, hash_seed, any);
+    let open = |bytes, hash_seed, any| open_in(&path, bytes, hash_seed, any);
     let (region, file, found) = open(index_memory_bytes, 11, true).unwrap();
     assert_eq!(found, Found::New);
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-    assert_eq!(open(index_memory_bytes, 11, true).err().unwrap().kind(), ErrorKind::ResourceBusy);
+    let busy = Region::in_file(&path, 1, index_memory_bytes, 7, 11, true).err().unwrap();
+    assert_eq!(busy.kind(), ErrorKind::ResourceBusy);
 
     drop((region, file));
     assert!(!spawn(&File::open(&path).unwrap(), 0, &format!("crash {}", path.display())).wait().unwrap().success());
