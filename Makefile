@@ -6,7 +6,7 @@ TORCH ?= torch
 PY := .venv/bin/python
 export PYTHON TORCH
 
-.PHONY: help setup setup-dev demo serve test test-all lint type format bench clean
+.PHONY: help setup setup-dev demo serve test test-all lint type format bench bench-core fuzz clean
 
 help:           ## what can be done here
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -48,6 +48,13 @@ format: setup-dev ## put everything in form
 
 bench: setup-dev ## the router against its peers (bench/README.md)
 	$(PY) -m bench.bench_router
+
+bench-core:     ## the routing core alone: what a decision costs, what reading costs
+	cargo bench --quiet --package router_core
+
+fuzz:           ## a minute of random input for each parser (a nightly toolchain and cargo-fuzz are needed)
+	cd router_core && for target in prompt heads framing; do \
+		cargo +nightly fuzz run $$target -- -max_total_time=60 -max_len=4096 || exit 1; done
 
 clean:          ## remove what builds and runs made
 	rm -rf .venv target .run
