@@ -122,7 +122,7 @@ async def serve(ports: list[int], engine: Engine, speed: float) -> None:
     for port in ports:
         runner = web.AppRunner(MockEngine(engine, speed).app(), access_log=None, keepalive_timeout=3600)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port, backlog=2048).start()
+        await web.TCPSite(runner, "127.0.0.1", port, backlog=2048, reuse_address=True).start()
     await asyncio.Event().wait()
 
 
