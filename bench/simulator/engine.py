@@ -57,13 +57,16 @@ class Job:
 
 
 class PrefixCache:
-    """Pages by key. A page in use is pinned; the others leave in the order in which they were last used."""
+    """Pages by key. A page in use is pinned; the others leave in the order in which they were last used, or came."""
 
     def __init__(self, pages: int, fifo: bool) -> None:
         self.free = pages
-        self._fifo = fifo
         self._pins: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        # With FIFO: when each page came, and the idle pages in that order (with some that are not idle any more).
+        self._came: dict[int, int] | None = {} if fifo else None
+        self._oldest: list[tuple[int, int]] = []
+        self._arrivals = 0
         self.evicted = 0
 
     def __contains__(self, key: int) -> bool:
@@ -96,18 +99,29 @@ class PrefixCache:
             self._pins[key] = pins
             if pins == 0:
                 self._idle[key] = None
+                if self._came is not None:
+                    heapq.heappush(self._oldest, (self._came[key], key))
 
     def take(self, count: int) -> bool:
         """`count` pages for somebody's own use; False and no change when there are not as many."""
         if count > self.available:
             return False
         while self.free < count:
-            key, _ = self._idle.popitem(last=False)
-            del self._pins[key]
+            del self._pins[self._leave()]
             self.free += 1
             self.evicted += 1
         self.free -= count
         return True
+
+    def _leave(self) -> int:
+        """The page that leaves."""
+        if self._came is None:
+            return self._idle.popitem(last=False)[0]
+        while True:
+            came, key = heapq.heappop(self._oldest)
+            if key in self._idle and self._came.get(key) == came:
+                del self._idle[key], self._came[key]
+                return key
 
     def add(self, key: int) -> bool:
         """One page of somebody's own becomes everybody's, pinned once; False when the cache has that text already."""
@@ -115,6 +129,9 @@ class PrefixCache:
             self.pin([key])
             return False
         self._pins[key] = 1
+        if self._came is not None:
+            self._arrivals += 1
+            self._came[key] = self._arrivals
         return True
 
 

@@ -122,9 +122,10 @@ def hot_prefix(seed: int) -> Workload:
     return Workload("W8", "one prefix in 60 % of requests", sessions)
 
 
-def capacity_churn(seed: int) -> Workload:
-    """W9: chats whose working set is about twice the caches."""
-    return _chats(seed, "W9", "chats, caches half as large as needed", 900, 4.5, Engine(65_536))
+def capacity_churn(seed: int, fifo: bool = False) -> Workload:
+    """W9: chats whose working set is about twice the caches. W9-fifo: whose workers evict what came first."""
+    name, order = ("W9-fifo", "first in, first out") if fifo else ("W9", "least recently used")
+    return _chats(seed, name, f"chats, caches half as large as needed, {order}", 900, 4.5, Engine(65_536, fifo=fifo))
 
 
 def lockstep_ranks(seed: int) -> Workload:
@@ -169,6 +170,7 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "W7": sibling_bursts,
     "W8": hot_prefix,
     "W9": capacity_churn,
+    "W9-fifo": partial(capacity_churn, fifo=True),
     "W10": lockstep_ranks,
     "W11": outages,
 }

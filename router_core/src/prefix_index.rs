@@ -56,6 +56,9 @@ const CHUNKS_PER_DENSE_ROW: usize = 8;
 /// A dense row and its chunks.
 const DENSE_WORDS: usize = dense::ROW_WORDS + CHUNKS_PER_DENSE_ROW * dense::CHUNK_WORDS;
 
+/// Places of a match at which is looked how old it is.
+const LIFTED_PARTS: u32 = 4;
+
 /// Buckets swept by each stamp whatever the clocks owe, so that an idle fleet's table is cleaned too.
 const BUCKETS_PER_STAMP: usize = 2;
 
@@ -191,6 +194,29 @@ impl PrefixIndex<'_> {
         let deepest = matched.blocks.checked_sub(1).and_then(|last| blocks.get(last as usize));
         let Some(position) = deepest.and_then(|block| self.store.table.find(block.key)) else { return 0.0 };
         self.store.holder(position, slot).map_or(0.0, |holder| self.clocks.age_share(holder))
+    }
+
+    /// What it means for everything else in the cache of the target in `slot` that it is asked for `matched` of the prompt again, in
+    /// bytes of new text that would drive out as much.
+    ///
+    /// An LRU cache drops what is below its capacity in the order of last use. To be used again lifts text from its place to the
+    /// top, which pushes down what was used since, and nothing that was used before. So what lay at half of the horizon counts half
+    /// for what will reach the horizon, and what is asked for all the time counts nothing.
+    pub fn lifted(&self, slot: u16, blocks: &[Block], matched: Match) -> u64 {
+        // A prompt's beginning is often younger than its end, since others share it.
+        let parts = LIFTED_PARTS.min(matched.blocks);
+        let part_end = |part: u32| u64::from(matched.blocks) * u64::from(part) / u64::from(parts);
+        let mut lifted = 0.0;
+        let mut begin = 0;
+        for part in 1..=parts {
+            let blocks_until = part_end(part) as u32;
+            let Some(last) = blocks.get(blocks_until as usize - 1) else { break };
+            let end = if part == parts { matched.bytes } else { last.end };
+            let until = Match { blocks: blocks_until, bytes: end };
+            lifted += f64::from(end.saturating_sub(begin)) * self.age(slot, blocks, until).min(1.0);
+            begin = end;
+        }
+        lifted as u64
     }
 
     /// The prompt `blocks` goes to the target in `slot`, which was found to hold `matched` of it; `uncached_bytes` of text are new

@@ -234,7 +234,8 @@ impl Router {
             self.refresh_availability(state, head);
         }
         let match_age = state.index.age(slot, &prompt.blocks, matched);
-        let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes);
+        let lifted = state.index.lifted(slot, &prompt.blocks, matched);
+        let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes + lifted);
         Lease::new(
             request,
             lease::Terms {

@@ -28,7 +28,9 @@ def test_a_killed_router_comes_back_warm(fleet: Fleet, tmp_path: Path) -> None:
     router = fleet.router("--region-file", str(region))
     router.wait_for_workers(3)
     after = router.workers()
-    assert {worker["url"]: worker["id"] for worker in after} == {url: before[url] for url in before if not url.endswith(":9")}
+    assert {worker["url"]: worker["id"] for worker in after} == {
+        url: before[url] for url in before if not url.endswith(":9")
+    }
     assert {worker["labels"]["zone"] for worker in after} == {"a"}
     assert "had a key of its own, which is not kept: register it again" in router.process.log_tail()
     assert [router.chat("s", prompt)["system_fingerprint"] for prompt in prompts] == homes

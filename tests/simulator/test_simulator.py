@@ -108,6 +108,20 @@ def test_the_cache_never_loses_a_page(calls: list[tuple[int, int]], pages: int, 
     assert cache.available == pages
 
 
+@pytest.mark.parametrize(("fifo", "kept"), [(False, [1, 3, 4]), (True, [2, 3, 4])])
+def test_who_leaves_the_cache(fifo: bool, kept: list[int]) -> None:
+    cache = PrefixCache(3, fifo)
+    for key in (1, 2, 3):
+        assert cache.take(1)
+        assert cache.add(key)
+        cache.unpin([key])
+    cache.pin([1])
+    cache.unpin([1])
+    assert cache.take(1)
+    assert cache.add(4)
+    assert [key for key in range(5) if key in cache] == kept
+
+
 def test_page_keys_stand_for_everything_before_them() -> None:
     a, b, c = (Segment("user", number, 40) for number in range(3))
     flat = [list(chain.from_iterable(page_keys(segments))) for segments in ((a, b), (a, c), (c, b), (a, b, c))]
