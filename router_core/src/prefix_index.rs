@@ -31,7 +31,7 @@ mod store;
 mod table;
 
 use crate::prompt::Block;
-use clock::Clocks;
+use clock::{Clocks, Stamps};
 use dense::Dense;
 pub use matches::{Match, Matches};
 use rows::Rows;
@@ -134,9 +134,9 @@ fn face_words(targets: usize) -> usize {
 }
 
 /// What a stamp claimed, to be taken back if the worker never answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Claim {
-    stamp: u32,
+    stamps: Stamps,
     from_block: u32,
 }
 
@@ -224,20 +224,20 @@ impl PrefixIndex<'_> {
     pub fn stamp(&mut self, slot: u16, blocks: &[Block], matched: Match, uncached_bytes: u64) -> Claim {
         self.advance(slot, uncached_bytes);
         self.evict(BUCKETS_PER_STAMP);
-        let holder = Holder::new(slot, self.clocks.stamp(slot));
+        let stamps = self.clocks.stamps(slot);
         for (index, block) in blocks.iter().enumerate() {
+            let holder = Holder::new(slot, stamps.at(block.end));
             self.store.stamp(block.key, table::depth_class(index), holder, |other| self.clocks.age(other));
         }
-        Claim { stamp: holder.stamp(), from_block: matched.blocks }
+        Claim { stamps, from_block: matched.blocks }
     }
 
     /// The worker never answered what `claim` was made for: what it was sent for the first time then, it does not hold. What it
     /// held before, and what it has been sent again since, stays.
     pub fn take_back(&mut self, slot: u16, blocks: &[Block], claim: Claim) {
-        let claimed = Holder::new(slot, claim.stamp);
         for block in blocks.get(claim.from_block as usize..).unwrap_or_default() {
             if let Some(position) = self.store.table.find(block.key) {
-                self.store.remove(position, claimed);
+                self.store.remove(position, Holder::new(slot, claim.stamps.at(block.end)));
             }
         }
     }

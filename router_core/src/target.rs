@@ -118,7 +118,7 @@ const LEARNING_RATE: f64 = 1.0 / 16.0;
 /// The age from which a prefix that is missing says something about the size of the cache.
 const OLD: f64 = 0.125;
 /// Alike, so that the credit settles where as much is found unexpectedly as is missed.
-const SHRINK: f64 = 0.95;
+const SHRINK: f64 = 0.98;
 const GROW: f64 = 1.0 / SHRINK;
 const LEAST_CACHED_SHARE: f64 = 1.0 / 64.0;
 

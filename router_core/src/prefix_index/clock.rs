@@ -47,6 +47,22 @@ pub(super) struct Clocks<'m> {
     pub(super) faces: &'m mut [u64],
 }
 
+/// The stamps of one prompt: the deeper, the older, as if the prompt's end had been used first. Caches give up a prompt from its
+/// end, and when that goes, the whole prompt has been used since.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Stamps {
+    now: u32,
+    quanta_per_byte: f64,
+}
+
+impl Stamps {
+    /// Of the block that ends at `end` bytes of text.
+    #[inline]
+    pub(super) fn at(&self, end: u32) -> u32 {
+        self.now.wrapping_sub((f64::from(end) * self.quanta_per_byte) as u32) & STAMP_MASK as u32
+    }
+}
+
 /// Quanta since the stamp, by a clock with this face; None if the block is not resident.
 #[inline]
 fn age_by(face: u64, stamp: u32) -> Option<u32> {
@@ -102,9 +118,10 @@ impl Clocks<'_> {
         self.age(holder).map_or(1.0, |age| f64::from(age) / horizon as f64)
     }
 
-    /// What to stamp a holder with now.
-    pub(super) fn stamp(&self, slot: u16) -> u32 {
-        self.clock(slot).map_or(0, |clock| (clock[NOW] & STAMP_MASK) as u32)
+    /// What to stamp the blocks of a prompt with now.
+    pub(super) fn stamps(&self, slot: u16) -> Stamps {
+        let clock = self.clock(slot).unwrap_or(&[0; WORDS]);
+        Stamps { now: (clock[NOW] & STAMP_MASK) as u32, quanta_per_byte: 1.0 / clock[UNIT_BYTES].max(1) as f64 }
     }
 
     /// The whole quanta in `bytes` and what was left over before; what is left over now is kept for the next time.

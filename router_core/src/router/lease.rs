@@ -8,7 +8,7 @@ use super::{Router, Transition};
 use crate::error::Error;
 use crate::metrics::TargetCounter;
 use crate::outcome::Outcome;
-use crate::prefix_index::Claim;
+use crate::prefix_index::{Claim, Match};
 use crate::region::State;
 use crate::speed::Observation;
 use crate::target::{Field, Work};
@@ -169,6 +169,12 @@ impl Router {
             count(TargetCounter::CompletionTokens, completion_tokens);
             let bytes = completion_tokens as f64 * state.targets.bytes_per_token(slot);
             state.index.advance(slot, bytes as u64);
+        }
+        if outcome.verdict() == Some(true) {
+            let prompt = request.prompt();
+            let whole = Match { blocks: prompt.blocks.len() as u32, bytes: prompt.routed_bytes };
+            let lifted = state.index.lifted(slot, &prompt.blocks, whole);
+            state.index.stamp(slot, &prompt.blocks, whole, lifted);
         }
     }
 }
