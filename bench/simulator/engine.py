@@ -57,15 +57,18 @@ class Job:
 
 
 class PrefixCache:
-    """Pages by key. A page in use is pinned; the others leave in the order in which they were last used, or came."""
+    """Pages by key. A page in use is pinned. The others leave in the order in which they were last used; with `fifo`,
+    those without successors leave in the order in which they came, as SGLang's radix cache does it."""
 
     def __init__(self, pages: int, fifo: bool) -> None:
         self.free = pages
         self._pins: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
-        # With FIFO: when each page came, and the idle pages in that order (with some that are not idle any more).
-        self._came: dict[int, int] | None = {} if fifo else None
-        self._oldest: list[tuple[int, int]] = []
+        self._fifo = fifo
+        # When each page came and after which one; how many came after it; who may leave (some may not any more).
+        self._came: dict[int, tuple[int, int | None]] = {}
+        self._successors: dict[int, int] = {}
+        self._leaves: list[tuple[int, int]] = []
         self._arrivals = 0
         self.evicted = 0
 
@@ -99,8 +102,8 @@ class PrefixCache:
             self._pins[key] = pins
             if pins == 0:
                 self._idle[key] = None
-                if self._came is not None:
-                    heapq.heappush(self._oldest, (self._came[key], key))
+                if self._fifo:
+                    self._offer(key)
 
     def take(self, count: int) -> bool:
         """`count` pages for somebody's own use; False and no change when there are not as many."""
@@ -115,23 +118,37 @@ class PrefixCache:
 
     def _leave(self) -> int:
         """The page that leaves."""
-        if self._came is None:
+        if not self._fifo:
             return self._idle.popitem(last=False)[0]
         while True:
-            came, key = heapq.heappop(self._oldest)
-            if key in self._idle and self._came.get(key) == came:
-                del self._idle[key], self._came[key]
-                return key
+            came, key = heapq.heappop(self._leaves)
+            if key not in self._idle or self._successors[key] or self._came[key][0] != came:
+                continue
+            _, before = self._came.pop(key)
+            del self._idle[key], self._successors[key]
+            if before is not None:
+                self._successors[before] -= 1
+                self._offer(before)
+            return key
 
-    def add(self, key: int) -> bool:
-        """One page of somebody's own becomes everybody's, pinned once; False when the cache has that text already."""
+    def _offer(self, key: int) -> None:
+        if key in self._idle and not self._successors[key]:
+            heapq.heappush(self._leaves, (self._came[key][0], key))
+
+    def add(self, key: int, before: int | None = None) -> bool:
+        """One page of somebody's own becomes everybody's, pinned once; False when the cache has that text already.
+
+        `before`: the page whose text it continues."""
         if key in self._pins:
             self.pin([key])
             return False
         self._pins[key] = 1
-        if self._came is not None:
+        if self._fifo:
             self._arrivals += 1
-            self._came[key] = self._arrivals
+            self._came[key] = (self._arrivals, before)
+            self._successors[key] = 0
+            if before is not None:
+                self._successors[before] += 1
         return True
 
 
@@ -223,10 +240,12 @@ class Rank:
 
     def _share(self, job: Job, pages: int) -> None:
         """The job's pages up to `pages` are computed: others can use them."""
+        before = next(iter(job.pages(job._held - 1, job._held)), None) if job._held else None
         for key in job.pages(job._held, pages):
-            if not self.cache.add(key):
+            if not self.cache.add(key, before):
                 self.cache.free += 1
             job._own -= 1
+            before = key
         job._held = max(job._held, pages)
 
     def _finish(self, job: Job, now: float) -> Job:

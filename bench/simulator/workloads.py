@@ -49,7 +49,9 @@ def chats(seed: int) -> Workload:
     return _chats(seed, "W4", "chats of 2 to 10 turns", count_=1_200, rate=9.0, engine=Engine())
 
 
-def _chats(seed: int, name: str, what: str, count_: int, rate: float, engine: Engine) -> Workload:
+def _chats(
+    seed: int, name: str, what: str, count_: int, rate: float, engine: Engine, think_seconds: float = 10.0
+) -> Workload:
     dice = random.Random(seed)
     ids = _ids(seed)
     systems = [Segment("system", next(ids), 600) for _ in range(20)]
@@ -61,7 +63,7 @@ def _chats(seed: int, name: str, what: str, count_: int, rate: float, engine: En
             question = Segment("user", next(ids), dice.choice((60, 120, 250, 900)))
             new = (dice.choice(systems), question) if turn == 0 else (question,)
             turns.append(Turn(new, dice.choice((100, 200, 400, 600))))
-        sessions.append(Session(now, tuple(turns), think_seconds=10.0))
+        sessions.append(Session(now, tuple(turns), think_seconds))
     return Workload(name, what, sessions, engine=engine)
 
 
@@ -123,9 +125,15 @@ def hot_prefix(seed: int) -> Workload:
 
 
 def capacity_churn(seed: int, fifo: bool = False) -> Workload:
-    """W9: chats whose working set is about twice the caches. W9-fifo: whose workers evict what came first."""
+    """W9: chats whose working set is about twice the caches; W9-fifo: whose workers evict what came first."""
     name, order = ("W9-fifo", "first in, first out") if fifo else ("W9", "least recently used")
-    return _chats(seed, name, f"chats, caches half as large as needed, {order}", 900, 4.5, Engine(65_536, fifo=fifo))
+    engine = Engine(65_536, fifo=fifo)
+    return _chats(seed, name, f"chats, caches half as large as needed, {order}", 900, 1.5, engine, 40.0)
+
+
+def overload(seed: int) -> Workload:
+    """W9-full: the same, and requests that wait for room: those in flight leave next to nothing for prefixes."""
+    return _chats(seed, "W9-full", "chats, caches full of requests in flight", 900, 4.5, Engine(65_536))
 
 
 def lockstep_ranks(seed: int) -> Workload:
@@ -171,6 +179,7 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "W8": hot_prefix,
     "W9": capacity_churn,
     "W9-fifo": partial(capacity_churn, fifo=True),
+    "W9-full": overload,
     "W10": lockstep_ranks,
     "W11": outages,
 }

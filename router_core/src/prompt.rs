@@ -9,8 +9,8 @@
 //! key_i = mix(key_{i-1}, XXH3(block_i))           so a key stands for the whole prompt up to the end of its block
 //! ```
 //!
-//! A block ends where its length is reached, where an assistant message begins (what came before is what the worker was asked
-//! when it wrote that message), and at the end of the prompt. All of that depends on the prefix only: turn n + 1 extends turn n.
+//! A block ends where its length is reached, where the instructions (system messages) at the beginning end, where an assistant
+//! message begins (what came before is what the worker was asked when it wrote that message), and at the end of the prompt. All of that depends on the prefix only: turn n + 1 extends turn n.
 
 mod blocks;
 mod body;

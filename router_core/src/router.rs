@@ -234,8 +234,8 @@ impl Router {
             self.refresh_availability(state, head);
         }
         let match_age = state.index.age(slot, &prompt.blocks, matched);
-        let lifted = state.index.lifted(slot, &prompt.blocks, matched);
-        let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes + lifted);
+        state.index.lift(slot, &prompt.blocks, matched);
+        let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes);
         Lease::new(
             request,
             lease::Terms {

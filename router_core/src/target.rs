@@ -407,7 +407,7 @@ impl<'m> Targets<'m> {
     pub(crate) fn learn_cached_share(&mut self, slot: u16, age: f64, prompt: u64, predicted: u64, reported: u64) {
         let matters = prompt / 8;
         let share = self.cached_share(slot);
-        let learned = if age > OLD && predicted > matters && reported < predicted / 2 {
+        let learned = if age > OLD && predicted > reported + matters {
             (share * SHRINK).max(LEAST_CACHED_SHARE)
         } else if reported > predicted + matters {
             (share * GROW).min(1.0)

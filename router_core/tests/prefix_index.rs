@@ -37,7 +37,8 @@ impl TwinTarget {
         for sent in &self.sent {
             let age = self.clock - sent.at;
             let (shared, answered) = shared(&sent.chat, chat);
-            if age < CAPACITY_BYTES - 2 * QUANTUM_BYTES {
+            // The end of a prompt is the first that is given up: it is older by the prompt's length.
+            if age + shared < CAPACITY_BYTES - 2 * QUANTUM_BYTES {
                 least = least.max(shared.saturating_sub(LONGEST_BLOCK));
             }
             if age < CAPACITY_BYTES + 2 * QUANTUM_BYTES {
@@ -322,10 +323,17 @@ fn what_is_older_than_the_capacity_is_forgotten() {
         index.open_target(0, 10_000);
         let known = text(1, 1000);
         send(index, matches, 0, &known);
-        index.advance(0, 9_990);
+        // From its end, as caches give it up.
+        index.advance(0, 8_990);
         assert_eq!(held(index, matches, 0, &known), known.routed_bytes);
-        index.advance(0, 10);
-        assert_eq!(held(index, matches, 0, &known), 0);
+        let mut left = known.routed_bytes;
+        for _ in 0..10 {
+            index.advance(0, 100);
+            let still_held = held(index, matches, 0, &known);
+            assert!(still_held <= left && left - still_held <= 400, "{still_held} of {left}");
+            left = still_held;
+        }
+        assert_eq!(left, 0);
         assert!((9_990..=10_000).contains(&index.characters(0)), "{}", index.characters(0));
         // Being sent again makes it young again, and what is known is not sent twice.
         send(index, matches, 0, &known);
@@ -333,6 +341,35 @@ fn what_is_older_than_the_capacity_is_forgotten() {
         send(index, matches, 0, &known);
         index.advance(0, 6_000);
         assert_eq!(held(index, matches, 0, &known), known.routed_bytes);
+    });
+}
+
+#[test]
+fn what_is_asked_for_again_pushes_down_what_was_used_since() {
+    with_index(1 << 20, 2, |index, matches| {
+        let (old, young, hot) = (text(1, 2000), text(2, 1000), text(3, 1000));
+        let ask_again = |index: &mut PrefixIndex<'_>, prompt: &Prompt| {
+            let whole = Match { blocks: prompt.blocks.len() as u32, bytes: prompt.routed_bytes };
+            index.lift(0, &prompt.blocks, whole);
+            index.stamp(0, &prompt.blocks, whole, 0);
+        };
+        for (hot_is_asked, old_is_asked, expected) in [(false, false, 1000), (true, false, 1000), (false, true, 0)] {
+            index.open_target(0, 10_000);
+            send(index, matches, 0, &old);
+            index.advance(0, 6_000);
+            send(index, matches, 0, &young);
+            send(index, matches, 0, &hot);
+            for _ in 0..10 * usize::from(hot_is_asked) {
+                ask_again(index, &hot);
+            }
+            if old_is_asked {
+                ask_again(index, &old);
+            }
+            // 1,000 bytes of its own, 1,000 of the hot one, and these: all that fits after it.
+            index.advance(0, 7_900);
+            let left = held(index, matches, 0, &young);
+            assert!(left.abs_diff(expected) < 300, "{left}, not {expected}");
+        }
     });
 }
 

@@ -97,7 +97,8 @@ def test_the_cache_never_loses_a_page(calls: list[tuple[int, int]], pages: int, 
         matched = cache.match(keys)
         cache.pin(keys[:matched])
         if cache.take(length - matched):
-            cache.free += sum(not cache.add(key) for key in keys[matched:])
+            before = [None, *keys][matched:]
+            cache.free += sum(not cache.add(key, last) for key, last in zip(keys[matched:], before, strict=False))
             held.append(keys)
         else:
             cache.unpin(keys[:matched])
@@ -120,6 +121,18 @@ def test_who_leaves_the_cache(fifo: bool, kept: list[int]) -> None:
     assert cache.take(1)
     assert cache.add(4)
     assert [key for key in range(5) if key in cache] == kept
+
+
+def test_first_in_first_out_keeps_what_has_successors() -> None:
+    cache = PrefixCache(3, fifo=True)
+    for key, before in ((1, None), (2, None), (3, 1)):
+        assert cache.take(1)
+        assert cache.add(key, before)
+        cache.unpin([key])
+    assert cache.take(1)
+    assert [key for key in (1, 2, 3) if key in cache] == [1, 3]
+    assert cache.take(1)
+    assert [key for key in (1, 2, 3) if key in cache] == [1], "the successor, then it"
 
 
 def test_page_keys_stand_for_everything_before_them() -> None:

@@ -20,6 +20,8 @@ const UNIT_BYTES: usize = 3;
 const REMAINDER_BYTES: usize = 4;
 const CYCLE: usize = 5;
 const CYCLE_START: usize = 6;
+/// Of the quanta since the floor, those that stand for text that was lifted, not sent.
+const LIFTED: usize = 7;
 
 pub(super) const STAMP_BITS: u32 = 20;
 const STAMP_MASK: u64 = (1 << STAMP_BITS) - 1;
@@ -53,13 +55,16 @@ pub(super) struct Clocks<'m> {
 pub(super) struct Stamps {
     now: u32,
     quanta_per_byte: f64,
+    /// No older than the target's present life.
+    oldest: u32,
 }
 
 impl Stamps {
     /// Of the block that ends at `end` bytes of text.
     #[inline]
     pub(super) fn at(&self, end: u32) -> u32 {
-        self.now.wrapping_sub((f64::from(end) * self.quanta_per_byte) as u32) & STAMP_MASK as u32
+        let age = (f64::from(end) * self.quanta_per_byte) as u32;
+        self.now.wrapping_sub(age.min(self.oldest)) & STAMP_MASK as u32
     }
 }
 
@@ -118,10 +123,21 @@ impl Clocks<'_> {
         self.age(holder).map_or(1.0, |age| f64::from(age) / horizon as f64)
     }
 
+    /// What part of the target's capacity `bytes` are: how much older a block that ends there is stamped than the prompt's first.
+    pub(super) fn share(&self, slot: u16, bytes: u32) -> f64 {
+        let capacity = self.clock(slot).map_or(0, |clock| clock[HORIZON].saturating_mul(clock[UNIT_BYTES]));
+        f64::from(bytes) / capacity.max(1) as f64
+    }
+
     /// What to stamp the blocks of a prompt with now.
     pub(super) fn stamps(&self, slot: u16) -> Stamps {
         let clock = self.clock(slot).unwrap_or(&[0; WORDS]);
-        Stamps { now: (clock[NOW] & STAMP_MASK) as u32, quanta_per_byte: 1.0 / clock[UNIT_BYTES].max(1) as f64 }
+        Stamps {
+            now: (clock[NOW] & STAMP_MASK) as u32,
+            quanta_per_byte: 1.0 / clock[UNIT_BYTES].max(1) as f64,
+            // Answers whose length nobody tells are in the prompts that follow, and not in the clock.
+            oldest: clock[NOW].wrapping_sub(clock[FLOOR]).min(MAX_STEP) as u32,
+        }
     }
 
     /// The whole quanta in `bytes` and what was left over before; what is left over now is kept for the next time.
@@ -131,6 +147,13 @@ impl Clocks<'_> {
         let unit = clock[UNIT_BYTES].max(1);
         clock[REMAINDER_BYTES] = bytes % unit;
         bytes / unit
+    }
+
+    /// The next `quanta` are of text that was lifted.
+    pub(super) fn count_lifted(&mut self, slot: u16, quanta: u64) {
+        if let Some(clock) = self.clock_mut(slot) {
+            clock[LIFTED] = clock[LIFTED].saturating_add(quanta);
+        }
     }
 
     /// Advance by `quanta`; how far the clock has advanced in this sweep cycle.
@@ -150,6 +173,7 @@ impl Clocks<'_> {
         if let Some(clock) = self.clock_mut(slot) {
             clock[FLOOR] = clock[NOW].wrapping_add(1);
             clock[REMAINDER_BYTES] = 0;
+            clock[LIFTED] = 0;
         }
     }
 
@@ -181,7 +205,8 @@ impl Clocks<'_> {
 
     pub(super) fn characters(&self, slot: u16) -> u64 {
         let Some(clock) = self.clock(slot) else { return 0 };
-        let lived = clock[NOW].wrapping_sub(clock[FLOOR]).min(clock[HORIZON]);
+        let lived = clock[NOW].wrapping_sub(clock[FLOOR]);
+        let lived = lived.saturating_sub(clock[LIFTED]).min(clock[HORIZON]);
         let rest = if lived < clock[HORIZON] { clock[REMAINDER_BYTES] } else { 0 };
         lived.saturating_mul(clock[UNIT_BYTES]).saturating_add(rest)
     }

@@ -1,5 +1,7 @@
 //! Entries: one for each known block, in buckets of a cache line; each key has two buckets it may stand in.
 
+use std::sync::atomic::{Ordering, compiler_fence};
+
 use super::clock::STAMP_BITS;
 
 pub(super) const BUCKET_WORDS: usize = 8;
@@ -147,8 +149,16 @@ impl<'m> Table<'m> {
             Entry::Row(row) => (ROW, u64::from(row)),
             Entry::Dense(row) => (DENSE, u64::from(row)),
         };
-        *body = new_body;
-        *head = *head & !KIND_MASK | kind;
+        if *head & KIND_MASK != kind {
+            // Whoever dies in between leaves an empty entry, not a body that is read as another kind.
+            *head &= !KIND_MASK;
+            compiler_fence(Ordering::SeqCst);
+            *body = new_body;
+            compiler_fence(Ordering::SeqCst);
+            *head |= kind;
+        } else {
+            *body = new_body;
+        }
     }
 
     /// Put the block of `key` where another stood.

@@ -31,10 +31,18 @@ impl<'de, 'r> Visitor<'de> for Messages<'r> {
         let mut message = Message::default();
         let mut wrong = None;
         let mut count = 0usize;
+        let mut only_system = true;
         while let Some(result) = seq.next_element_seed(Any(message.seed(self.hash)))? {
             count += 1;
             match result {
-                Ok(()) => message.feed(&mut stream),
+                Ok(()) => {
+                    // Where instructions end prompts part most often, and a block that ends later would be shared by none of them.
+                    if only_system && message.role != Role::System {
+                        stream.cut();
+                        only_system = false;
+                    }
+                    message.feed(&mut stream);
+                }
                 Err(reason) => wrong = wrong.or(Some(reason)),
             }
         }

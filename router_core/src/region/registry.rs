@@ -7,6 +7,8 @@
 //! ```
 //! Whoever dies while writing leaves the text of before: the version comes last.
 
+use std::sync::atomic::{Ordering, compiler_fence};
+
 /// Bytes that a text may have: some 400 for each of 4,096 targets. Pages that nobody uses cost nothing.
 pub const CAPACITY: usize = 2 << 20;
 
@@ -57,6 +59,7 @@ impl<'m> RegistryText<'m> {
             *word = u64::from_le_bytes(padded);
         }
         self.words[LENGTHS + buffer] = text.len() as u64;
+        compiler_fence(Ordering::SeqCst);
         self.words[VERSION] = version;
         true
     }

@@ -171,10 +171,11 @@ impl Router {
             state.index.advance(slot, bytes as u64);
         }
         if outcome.verdict() == Some(true) {
+            // It was in use until now.
             let prompt = request.prompt();
             let whole = Match { blocks: prompt.blocks.len() as u32, bytes: prompt.routed_bytes };
-            let lifted = state.index.lifted(slot, &prompt.blocks, whole);
-            state.index.stamp(slot, &prompt.blocks, whole, lifted);
+            state.index.lift(slot, &prompt.blocks, whole);
+            state.index.stamp(slot, &prompt.blocks, whole, 0);
         }
     }
 }
