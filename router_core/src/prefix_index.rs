@@ -259,6 +259,11 @@ impl PrefixIndex<'_> {
         self.clocks.characters(slot)
     }
 
+    /// Bytes of text that the target in `slot` can still take without driving out any.
+    pub fn room(&self, slot: u16) -> u64 {
+        self.clocks.capacity(slot).saturating_sub(self.clocks.characters(slot))
+    }
+
     /// Buckets in all.
     pub fn buckets(&self) -> usize {
         self.store.table.buckets()

@@ -1,18 +1,21 @@
 """The simulator: its workers keep their books, its clients get their answers, and it tells policies apart."""
 
 import random
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.simulator.__main__ import simulate
 from bench.simulator.engine import PAGE_TOKENS, Engine, Job, PrefixCache, Rank, Worker
 from bench.simulator.report import Row, reachable, row
 from bench.simulator.routers import make_router
 from bench.simulator.simulation import Outcome, Simulation
 from bench.simulator.workload import Outage, Request, Segment, Session, Turn, Workload, page_keys
-from bench.simulator.workloads import generated_shared_prefix, lockstep_ranks
+from bench.simulator.workloads import WORKLOADS, generated_shared_prefix, lockstep_ranks
 
 SMALL = Engine(kv_tokens=4_096, chunk_tokens=256, max_running=8)
 
@@ -143,6 +146,15 @@ def test_page_keys_stand_for_everything_before_them() -> None:
     assert flat[0][2:] != flat[1][2:]
     assert not set(flat[0]) & set(flat[2]), "the same second segment after another first one"
     assert flat[3][:5] == flat[0]
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    workload = WORKLOADS["W1-32k"](1)
+    short = replace(workload, sessions=workload.sessions[:64])
+    simulate(short, ["cache_aware", "round_robin"], 1, tmp_path / "plots")
+    picture = (tmp_path / "plots" / "W1-32k.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
 
 
 def test_bodies_are_what_the_core_reads() -> None:

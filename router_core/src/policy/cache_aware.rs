@@ -1,5 +1,7 @@
 //! To whom holds most of the prompt, unless that would leave the fleet out of balance or the match is too small to matter.
 
+use std::cmp::Reverse;
+
 use super::{Balance, Choice, Parameters, Policy};
 use crate::prefix_index::Match;
 
@@ -41,11 +43,11 @@ impl CacheAware {
     /// Orders the targets for a prompt that nobody holds: the cache with most room among those with a short queue. New prefixes
     /// are spread evenly that way, however their requests overlap; by queues alone, in bursts, some get too many (simulated: 8
     /// groups on each of 8 workers or 6 to 10, and 8 % of the throughput).
-    fn coldness(&self, shortest: u64) -> impl Fn(&Choice<'_, '_>, u16) -> (u64, u64, u64) + use<> {
+    fn coldness(&self, shortest: u64) -> impl Fn(&Choice<'_, '_>, u16) -> (u64, Reverse<u64>, u64) + use<> {
         let short = self.balance.short(shortest);
         move |choice, slot| {
             let load = choice.targets.load(slot);
-            (load.max(short), choice.index.characters(slot), load)
+            (load.max(short), Reverse(choice.index.room(slot)), load)
         }
     }
 

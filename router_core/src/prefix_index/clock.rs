@@ -125,8 +125,11 @@ impl Clocks<'_> {
 
     /// What part of the target's capacity `bytes` are: how much older a block that ends there is stamped than the prompt's first.
     pub(super) fn share(&self, slot: u16, bytes: u32) -> f64 {
-        let capacity = self.clock(slot).map_or(0, |clock| clock[HORIZON].saturating_mul(clock[UNIT_BYTES]));
-        f64::from(bytes) / capacity.max(1) as f64
+        f64::from(bytes) / self.capacity(slot).max(1) as f64
+    }
+
+    pub(super) fn capacity(&self, slot: u16) -> u64 {
+        self.clock(slot).map_or(0, |clock| clock[HORIZON].saturating_mul(clock[UNIT_BYTES]))
     }
 
     /// What to stamp the blocks of a prompt with now.
