@@ -6,6 +6,7 @@ Chats of natural text in one message, all but the last KB known. `cargo bench` m
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -55,7 +56,7 @@ def one(core: Core, body: bytes) -> tuple[int, ...]:
     times.append(perf_counter_ns())
     request.finish(200, now, now)
     times.append(perf_counter_ns())
-    return tuple(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    return tuple(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 def main() -> None:

@@ -57,6 +57,12 @@ class RouterConfig:
     worker_urls: tuple[str, ...] = _flag((), "workers to start with; more join by POST /workers", "URL")
     api_key: str | None = _flag(None, "Bearer key clients must send; start-up workers inherit it", "KEY", secret=True)
     max_payload_size: int = _flag(512 * MIB, "largest request body, in bytes; a larger one is answered 413", "BYTES")
+    max_concurrent_requests: int = _flag(-1, "most requests that run at once; -1: no limit", "REQUESTS")
+    queue_size: int = _flag(100, "most requests that wait for a limit; more are answered 429", "REQUESTS")
+    queue_timeout_secs: float = _flag(60.0, "seconds that a request may wait; after that it is answered 408", "SECONDS")
+    rate_limit_tokens_per_second: float | None = _flag(
+        None, "requests that may begin per second, and at once; unset: no limit", "REQUESTS"
+    )
     request_timeout_secs: float = _flag(1800.0, "longest time a request may take, in seconds", "SECONDS")
     shutdown_grace_period_secs: float = _flag(
         180.0,
@@ -177,7 +183,12 @@ def _check_listening(config: RouterConfig) -> None:
     # The value of a secret is not repeated in a message.
     if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
         raise ConfigError("api_key", "***", "must be printable ASCII without spaces around it, and not empty")
-    _require_positive(config, "max_payload_size", "request_timeout_secs")
+    _require_positive(config, "max_payload_size", "request_timeout_secs", "queue_timeout_secs")
+    _require(config, "max_concurrent_requests", config.max_concurrent_requests >= -1, "must be -1 (no limit) or more")
+    _require(config, "queue_size", config.queue_size >= 0, "must be 0 or more")
+    rate = config.rate_limit_tokens_per_second
+    usable = rate is None or 0 < rate < float("inf")
+    _require(config, "rate_limit_tokens_per_second", usable, "must be above 0")
     _require(config, "shutdown_grace_period_secs", config.shutdown_grace_period_secs >= 0, "must be 0 or more")
     names = config.request_id_headers
     _require(config, "request_id_headers", len(names) > 0, "must name at least one header")

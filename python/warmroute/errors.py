@@ -24,6 +24,7 @@ class ErrorCode(enum.Enum):
     NOT_FOUND = ("not_found", 404, "invalid_request_error", "client", False, None)
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "invalid_request_error", "client", False, None)
     REQUEST_TIMEOUT = ("request_timeout", 408, "timeout_error", "client", True, None)
+    QUEUE_TIMEOUT = ("queue_timeout", 408, "rate_limit_error", "router", True, _COME_BACK_SECONDS)
     PAYLOAD_TOO_LARGE = ("payload_too_large", 413, "invalid_request_error", "client", False, None)
     EXPECTATION_FAILED = ("expectation_failed", 417, "invalid_request_error", "client", False, None)
     QUEUE_FULL = ("queue_full", 429, "rate_limit_error", "router", True, _COME_BACK_SECONDS)

@@ -32,9 +32,6 @@ REFUSED_FLAGS: Final[dict[str, str]] = {
         "JWT and control-plane roles are not built; --api-key protects everything": (
             "control-plane-api-keys control-plane-audit-enabled jwt-issuer jwt-audience jwt-jwks-uri jwt-role-mapping"
         ),
-        f"admission limits are {_NOT_YET}": (
-            "max-concurrent-requests queue-size queue-timeout-secs rate-limit-tokens-per-second"
-        ),
         f"service discovery is {_NOT_YET}; register workers with POST /workers": (
             "service-discovery selector service-discovery-port service-discovery-namespace"
         ),

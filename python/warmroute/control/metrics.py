@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -60,6 +60,7 @@ class RouterCollector(Collector):
         series = self._core.series()
         yield from self._requests(series)
         yield from self._http(series)
+        yield from self._admission()
         yield self._shadow()
         yield self._durations(
             "smg_router_request_duration_seconds",
@@ -144,6 +145,19 @@ class RouterCollector(Collector):
         for (status, path), count in answered.items():
             responses.add_metric((str(status), path), count)
         yield from (requests, responses)
+
+    def _admission(self) -> Iterator[Metric]:
+        if self._counts.admission is None:
+            return
+        running, waiting, let_in, rejected = self._counts.admission()
+        limited = CounterMetricFamily(
+            "smg_http_rate_limit", "Requests that the limits let in, or refused (429, 408)", labels=("result",)
+        )
+        limited.add_metric(("allowed",), let_in)
+        limited.add_metric(("rejected",), rejected)
+        yield limited
+        yield GaugeMetricFamily("smg_admission_inflight", "Requests that count against the limit", value=running)
+        yield GaugeMetricFamily("smg_admission_queue_depth", "Requests that wait for their turn", value=waiting)
 
     def _durations(
         self,

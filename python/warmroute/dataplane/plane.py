@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from warmroute import router_health
 from warmroute._core import HeadParser, Route
+from warmroute.dataplane.admission import Admission, AdmissionLimits
 from warmroute.dataplane.client_connection import ClientConnection
 from warmroute.dataplane.decision_log import DecisionLog
 from warmroute.dataplane.pool import IDLE_NS, Pool
@@ -66,6 +67,11 @@ class DataPlane:
         self.expose_worker = config.expose_worker
         self.api_key = config.api_key
         self._expected_authorization = b"Bearer " + config.api_key.encode() if config.api_key else b""
+        limits = AdmissionLimits.of(config)
+        self.admission = None if limits is None else Admission(limits, self._let_in_later, monotonic_ns())
+        if self.admission is not None:
+            counts.admission = self.admission.counts
+        self._letting_in: asyncio.TimerHandle | None = None
         self.connections: set[ClientConnection] = set()
         self.is_draining = False
         self._exchanges: set[Exchange] = set()
@@ -105,6 +111,8 @@ class DataPlane:
         """Cut everything that is left."""
         self.is_draining = True
         self._sweeper.cancel()
+        if self._letting_in is not None:
+            self._letting_in.cancel()
         for exchange in list(self._exchanges):
             exchange.cancel()
         for connection in list(self.connections):
@@ -164,12 +172,28 @@ class DataPlane:
         url = address.url if address else f"slot {transition.head}"
         log.warning("worker %s: %s %s -> %s", url, transition.machine, transition.previous, transition.current)
 
+    # -- admission
+
+    def _let_in_later(self, seconds: float) -> None:
+        if self._letting_in is not None:
+            if self._letting_in.when() <= self.loop.time() + seconds:
+                return
+            self._letting_in.cancel()
+        self._letting_in = self.loop.call_later(max(seconds, 0.0), self._let_in)
+
+    def _let_in(self) -> None:
+        self._letting_in = None
+        assert self.admission is not None
+        self.admission.let_in(monotonic_ns())
+
     # -- time
 
     def _sweep(self) -> None:
         """Once a second: requests over their time, connections idle for too long. Cheaper than a timer for each."""
         self._sweeper = self.loop.call_later(SWEEP_SECONDS, self._sweep)
         now_ns = monotonic_ns()
+        if self.admission is not None:
+            self.admission.expire(now_ns)
         for exchange in [e for e in self._exchanges if e.deadline_ns <= now_ns]:
             if not exchange.is_over:
                 exchange.timed_out()

@@ -11,6 +11,7 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from warmroute._core import BadRequest, OutcomeKind, RegionBusy, UnknownModel
+from warmroute.dataplane.admission import QueueFull
 from warmroute.dataplane.exchange import Exchange
 from warmroute.errors import ErrorCode, stream_error
 from warmroute.retry import RETRYABLE_STATUSES, Failure, Retries
@@ -45,6 +46,7 @@ class RoutedExchange(Exchange):
         "_failure",
         "_held",
         "_held_head",
+        "_is_admitted",
         "_lease",
         "_request",
         "_retries",
@@ -59,6 +61,7 @@ class RoutedExchange(Exchange):
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
         super().__init__(plane, client, head, body, now_ns)
         self._lease: Lease | None = None
+        self._is_admitted = False
         self._retries: Retries | None = None
         self._failure: tuple[ErrorCode, str] | None = None
         self._held: list[bytes] | None = None  # body of an answer that may still be replaced by another worker's
@@ -75,8 +78,22 @@ class RoutedExchange(Exchange):
             self._client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
             return
         self._plane.began(self)
+        admission = self._plane.admission
+        try:
+            if admission is None or admission.enter(self, now_ns):
+                self.admitted(now_ns)
+        except QueueFull:
+            self._answer_error(ErrorCode.QUEUE_FULL, "Too many requests are running and waiting; try again")
+
+    # -- what admission tells
+
+    def admitted(self, now_ns: int) -> None:
+        self._is_admitted = True
         self._plane.retry_budget.deposit()
         self._attempt(now_ns, allow_failed=False)
+
+    def waited_too_long(self) -> None:
+        self._answer_error(ErrorCode.QUEUE_TIMEOUT, "The request waited too long for its turn; try again")
 
     # -- attempts
 
@@ -305,6 +322,17 @@ class RoutedExchange(Exchange):
     def _finish(self, status: int) -> None:
         self._request.finish(status, self.first_byte_ns, monotonic_ns())
         self._over()
+
+    def _over(self) -> None:
+        super()._over()
+        admission = self._plane.admission
+        if admission is None:
+            return
+        if self._is_admitted:
+            self._is_admitted = False
+            admission.leave()
+        else:
+            admission.withdraw(self)
 
     def _answer_error(self, code: ErrorCode, message: str, param: str | None = None) -> None:
         self._finish(code.status)
