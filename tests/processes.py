@@ -199,15 +199,22 @@ def marked_processes(mark: str) -> list[tuple[int, str]]:
     return found
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A port nobody listens on, below the range from which the kernel takes the ports of outgoing connections."""
+    """A port nobody listens on, below the range from which the kernel takes the ports of outgoing connections, and not
+    the same twice: who asks for two means two."""
     while True:
         port = random.randrange(15_000, 32_000)
+        if port in _given_ports:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+            _given_ports.add(port)
             return port
 
 

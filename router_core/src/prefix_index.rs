@@ -56,7 +56,8 @@ const CHUNKS_PER_DENSE_ROW: usize = 8;
 /// A dense row and its chunks.
 const DENSE_WORDS: usize = dense::ROW_WORDS + CHUNKS_PER_DENSE_ROW * dense::CHUNK_WORDS;
 
-/// Places of a match at which is looked how old it is.
+/// Places of a match at which is looked how old it is: one for so many blocks, but not more of them.
+const BLOCKS_PER_PART: u32 = 8;
 const LIFTED_PARTS: u32 = 4;
 
 /// Buckets swept by each stamp whatever the clocks owe, so that an idle fleet's table is cleaned too.
@@ -204,7 +205,7 @@ impl PrefixIndex<'_> {
     /// third, 63 % of the prompts are found instead of 57 %).
     pub fn lift(&mut self, slot: u16, blocks: &[Block], matched: Match) {
         // A prompt's beginning is often younger than its end, since others share it.
-        let parts = LIFTED_PARTS.min(matched.blocks);
+        let parts = matched.blocks.div_ceil(BLOCKS_PER_PART).min(LIFTED_PARTS);
         let (mut lifted, mut begin) = (0.0, 0);
         for part in 1..=parts {
             let until = (u64::from(matched.blocks) * u64::from(part) / u64::from(parts)) as u32;

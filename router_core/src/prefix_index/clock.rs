@@ -75,10 +75,27 @@ fn age_by(face: u64, stamp: u32) -> Option<u32> {
     (age < (face >> 32) as u32).then_some(age)
 }
 
-/// Which of the stamps are of resident blocks, by the clocks with these faces; a bit for each.
+/// Which of the stamps are of resident blocks, by the clocks with these faces; a bit for each. 4 ns with AVX2, else 10.
 #[inline]
 fn resident_of(faces: &[u64; GROUP], stamps: &[u64; GROUP / 2]) -> u32 {
-    // In plain loops, of which the compiler makes vector code: 9 ns, where one loop with `age_by` takes 16.
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        #[allow(unsafe_code, reason = "the same code for a processor that has more")]
+        // SAFETY: it does.
+        return unsafe { resident_of_avx2(faces, stamps) };
+    }
+    resident_of_any(faces, stamps)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn resident_of_avx2(faces: &[u64; GROUP], stamps: &[u64; GROUP / 2]) -> u32 {
+    resident_of_any(faces, stamps)
+}
+
+#[inline(always)]
+fn resident_of_any(faces: &[u64; GROUP], stamps: &[u64; GROUP / 2]) -> u32 {
+    // In plain loops, of which the compiler makes vector code: one loop with `age_by` takes 16 ns.
     let mut unpacked = [0; GROUP];
     for (pair, &two) in stamps.iter().enumerate() {
         unpacked[2 * pair] = two as u32;
