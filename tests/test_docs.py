@@ -10,7 +10,7 @@ from warmroute.config import RouterConfig
 from warmroute_worker.args import WorkerArgs
 
 GUIDES = {"router.md": RouterConfig, "worker.md": WorkerArgs}
-ELSEWHERE = {"--router-policy", "--router-dp-worker-base-port", "--dp-size", "--model-path", "--model"}
+ELSEWHERE = {"--check", "--router-policy", "--router-dp-worker-base-port", "--dp-size", "--model-path", "--model"}
 """launch_server's own, and an alias."""
 
 

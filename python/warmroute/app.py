@@ -22,6 +22,7 @@ import uvloop
 from warmroute._core import Core
 from warmroute.command_line import Settings
 from warmroute.config import RouterConfig, indexed_text_bytes
+from warmroute.control.check import check_workers
 from warmroute.control.control_plane import ControlPlane
 from warmroute.dataplane import DataPlane
 from warmroute.directory import Directory
@@ -49,6 +50,17 @@ def run(settings: Settings) -> int:
     except CannotStart as error:
         print(f"launch_router: error: {error}", file=sys.stderr)
         return 1
+
+
+def check(config: RouterConfig) -> int:
+    """Say what a start would find; the exit status."""
+    print("launch_router: the configuration is valid")
+    found = uvloop.run(check_workers(config))
+    for _, line in found:
+        print(f"launch_router: {line}")
+    if not found:
+        print("launch_router: no workers to start with; they join by POST /workers")
+    return 0 if all(usable for usable, _ in found) else 1
 
 
 def prepare_process(config: RouterConfig) -> None:

@@ -45,7 +45,11 @@ class Settings:
 
 def parse_router_command_line(argv: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """For `launch_router`. Ends the process with status 2 and one line when something is wrong."""
-    parser = FlagParser(prog="launch_router", description="Sends each LLM request to the worker whose cache is warm.")
+    parser = FlagParser(
+        prog="launch_router",
+        description="Sends each LLM request to the worker whose cache is warm.",
+        epilog="--check validates all this, asks each worker once what it serves, and exits: 0 if all can be used.",
+    )
     add_router_flags(parser)
     return settings_of(parser, parser.parse_args(argv), environment)
 
@@ -53,9 +57,9 @@ def parse_router_command_line(argv: Sequence[str], environment: Mapping[str, str
 class FlagParser(argparse.ArgumentParser):
     """Complains in one line: a usage text of fifty flags would hide it."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
         # No abbreviations: `--cache` would silently mean something else once a second flag starts like that.
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

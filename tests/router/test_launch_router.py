@@ -179,3 +179,26 @@ def test_complaints_about_addresses() -> None:
             assert ended.returncode != 0, flags
             assert ended.stderr.count("\n") == 1, ended.stderr
             assert f"launch_router: error: {complaint}" in ended.stderr
+
+
+async def test_check_says_what_a_start_would_find() -> None:
+    async with FakeWorker(models=("m", "alias"), dp_size=2) as worker:
+
+        async def checked(*flags: str) -> tuple[int | None, str, str]:
+            process = await asyncio.create_subprocess_exec(
+                *command("--check", *flags), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            )
+            out, err = await process.communicate()
+            return process.returncode, out.decode(), err.decode()
+
+        status, out, err = await checked("--worker-urls", worker.url)
+        assert (status, err) == (0, "")
+        assert "the configuration is valid\n" in out
+        assert f"{worker.url}: sglang, serves m, alias; 2 dp ranks, each with " in out
+        status, out, _ = await checked("--worker-urls", worker.url, "http://127.0.0.1:9")
+        assert status == 1
+        assert "http://127.0.0.1:9: cannot be used now: cannot connect" in out
+        status, out, err = await checked("--cache-threshold", "7")
+        assert (status, out) == (2, "")
+        assert "cache_threshold" in err
+        assert (await checked())[0] == 0
