@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from tests.processes import free_port
 from warmroute._core import Core
 from warmroute.app import build_core
 from warmroute.command_line import Settings
@@ -92,10 +93,3 @@ async def _tcp_front(upstream: Callable[[], Awaitable[socket.socket]]) -> AsyncI
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -8,7 +8,8 @@ import uuid
 import pytest
 
 from tests.fake_worker import FakeWorker
-from tests.router.running_control import free_port, running_control
+from tests.processes import free_port
+from tests.router.running_control import running_control
 
 NOWHERE = "http://127.0.0.1:9"  # discard: nobody listens
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.fake_worker import FakeWorker
-from tests.router.running_control import RunningControl, free_port, running_control
+from tests.processes import free_port
+from tests.router.running_control import RunningControl, running_control
 from warmroute._core import OutcomeKind
 
 FAST = {"health_check_interval_secs": 0.2, "health_check_timeout_secs": 0.5}

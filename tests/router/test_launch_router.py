@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.fake_worker import FakeWorker
-from tests.router.running_control import free_port
+from tests.processes import free_port
 
 CHAT = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}]}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.router.running_control import free_port
+from tests.processes import free_port
 from warmroute.launch_server import worker_plan
 from warmroute.worker_processes import hold_ports
 
