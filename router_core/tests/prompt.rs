@@ -394,6 +394,21 @@ fn a_request_has_a_name_and_a_priority_for_its_worker() {
 }
 
 #[test]
+fn a_block_ends_where_the_instructions_end() {
+    let chat = |system: &str, question: &str| {
+        let messages = [json!({"role": "system", "content": system}), json!({"role": "user", "content": question})];
+        let body = json!({"messages": messages}).to_string();
+        read(Endpoint::Chat, body.as_bytes()).expect("a chat")
+    };
+    for length in [5, 200, 1_000, 6_000] {
+        let system = "be brief ".repeat(length / 9 + 1);
+        let (one, other) = (chat(&system, "why?"), chat(&system, "how?"));
+        let shared = one.blocks.iter().zip(&other.blocks).take_while(|(one, other)| one.key == other.key).last();
+        assert_eq!(shared.map(|(block, _)| block.end as usize), Some(system.len()));
+    }
+}
+
+#[test]
 fn what_is_spliced_in_holds() {
     let body = b" {\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"data_parallel_rank\":0} \n";
     let prompt = read(Endpoint::Chat, body).expect("a chat");

@@ -464,6 +464,14 @@ async def test_limits_make_requests_wait_or_refuse_them() -> None:
         assert router.plane.admission.counts()[:2] == (0, 0)
 
 
+async def test_a_request_that_runs_out_of_time_in_the_queue_is_told_so() -> None:
+    async with FakeWorker() as worker, running([worker], max_concurrent_requests=1, request_timeout_secs=1.0) as router:
+        worker.script = Script(stall=True)
+        ran, waited = await asyncio.gather(*(router.client.post(CHAT, json=chat(text)) for text in ("first", "second")))
+        assert (ran.status_code, ran.json()["error"]["code"]) == (504, "upstream_timeout")
+        assert (waited.status_code, waited.json()["error"]["code"]) == (408, "queue_timeout")
+
+
 async def test_a_rate_limit_spreads_requests() -> None:
     async with FakeWorker() as worker, running([worker], rate_limit_tokens_per_second=10.0) as router:
         loop = asyncio.get_running_loop()

@@ -111,10 +111,10 @@ class DataPlane:
         """Cut everything that is left."""
         self.is_draining = True
         self._sweeper.cancel()
-        if self._letting_in is not None:
-            self._letting_in.cancel()
         for exchange in list(self._exchanges):
             exchange.cancel()
+        if self._letting_in is not None:  # each exchange that ended asked for it
+            self._letting_in.cancel()
         for connection in list(self.connections):
             connection.abort()
         for pool in (*self._pools.values(), self.control_pool):

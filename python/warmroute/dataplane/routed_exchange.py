@@ -271,6 +271,9 @@ class RoutedExchange(Exchange):
         self._finish(CLIENT_CLOSED_REQUEST)
 
     def timed_out(self) -> None:
+        if not self._is_admitted:
+            self.waited_too_long()
+            return
         connection = self._connection
         message = f"The worker took longer than {self._plane.request_timeout_ns / 1e9:g} s"
         began = self.response is not None
