@@ -434,53 +434,6 @@ async def test_a_rank_and_a_key_in_the_headers_reach_the_policy() -> None:
         assert sorted(target.selections for target in router.core.targets()) == [0, 6]
 
 
-async def test_limits_make_requests_wait_or_refuse_them() -> None:
-    limits = {"max_concurrent_requests": 2, "queue_size": 2, "queue_timeout_secs": 1.5}
-    async with FakeWorker() as worker, running([worker], **limits) as router:
-        worker.script = Script(first_byte_seconds=0.3)
-        answers = await asyncio.gather(*(router.client.post(CHAT, json=chat(str(number))) for number in range(6)))
-        assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429] * 2
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert refused.json()["error"]["code"] == "queue_full"
-        assert refused.headers["retry-after"] == "1"
-        assert router.plane.admission is not None
-        assert router.plane.admission.counts() == (0, 0, 4, 2)
-
-        worker.script = Script(stall=True)
-        stalled = [asyncio.create_task(router.client.post(CHAT, json=chat(str(number)))) for number in range(2)]
-        await asyncio.sleep(0.1)
-        gone = asyncio.create_task(router.client.post(CHAT, json=chat("gone")))
-        late = asyncio.create_task(router.client.post(CHAT, json=chat("late")))
-        await asyncio.sleep(0.1)
-        assert router.plane.admission.counts()[:2] == (2, 2)
-        gone.cancel()
-        await asyncio.sleep(0.1)
-        assert router.plane.admission.counts()[:2] == (2, 1)
-        waited = await late
-        assert (waited.status_code, waited.json()["error"]["code"]) == (408, "queue_timeout")
-        for task in stalled:
-            task.cancel()
-        await asyncio.sleep(0.1)
-        assert router.plane.admission.counts()[:2] == (0, 0)
-
-
-async def test_a_request_that_runs_out_of_time_in_the_queue_is_told_so() -> None:
-    async with FakeWorker() as worker, running([worker], max_concurrent_requests=1, request_timeout_secs=1.0) as router:
-        worker.script = Script(stall=True)
-        ran, waited = await asyncio.gather(*(router.client.post(CHAT, json=chat(text)) for text in ("first", "second")))
-        assert (ran.status_code, ran.json()["error"]["code"]) == (504, "upstream_timeout")
-        assert (waited.status_code, waited.json()["error"]["code"]) == (408, "queue_timeout")
-
-
-async def test_a_rate_limit_spreads_requests() -> None:
-    async with FakeWorker() as worker, running([worker], rate_limit_tokens_per_second=10.0) as router:
-        loop = asyncio.get_running_loop()
-        begin = loop.time()
-        answers = await asyncio.gather(*(router.client.post(CHAT, json=chat(str(number))) for number in range(15)))
-        assert {answer.status_code for answer in answers} == {200}
-        assert loop.time() - begin > 0.45
-
-
 async def test_decisions_are_explained_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with FakeWorker() as one, FakeWorker() as two, running([one, two], log_decisions=1.0) as router:
