@@ -13,8 +13,8 @@ import statistics
 from time import monotonic_ns, perf_counter_ns
 
 from warmroute._core import Core, OutcomeKind
-from warmroute.app import build_core
 from warmroute.config import RouterConfig
+from warmroute.engine import build_core
 
 SIZES = (100, 1_000, 32_000, 220_000)
 NEW_BYTES = 1_000
@@ -52,7 +52,7 @@ def one(core: Core, body: bytes) -> tuple[int, ...]:
     lease = core.select(request, now, False)
     times.append(perf_counter_ns())
     assert lease is not None
-    lease.release(OutcomeKind.ANSWERED, 200, now, 1, 0, 100, 10, 0, now)
+    lease.release(OutcomeKind.ANSWERED, 200, now, None, None, 100, 10, 0, now)
     times.append(perf_counter_ns())
     request.finish(200, now, now)
     times.append(perf_counter_ns())

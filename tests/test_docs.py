@@ -10,7 +10,15 @@ from warmroute.config import RouterConfig
 from warmroute_worker.args import WorkerArgs
 
 GUIDES = {"router.md": RouterConfig, "worker.md": WorkerArgs}
-ELSEWHERE = {"--check", "--router-policy", "--router-dp-worker-base-port", "--dp-size", "--model-path", "--model"}
+ELSEWHERE = {
+    "--check",
+    "--check-config",
+    "--router-policy",
+    "--router-dp-worker-base-port",
+    "--dp-size",
+    "--model-path",
+    "--model",
+}
 """launch_server's own, and an alias."""
 
 

@@ -5,8 +5,8 @@ from bench.simulator.presets import PRESETS
 from bench.simulator.simulation import Placement, Router
 from bench.simulator.workload import MODEL, Request, Workload
 from warmroute._core import Lease, OutcomeKind, policy_names
-from warmroute.app import build_core
 from warmroute.config import RouterConfig
+from warmroute.engine import build_core
 
 _SECOND = 1_000_000_000
 _START = 1_000 * _SECOND
@@ -38,13 +38,13 @@ class CoreRouter:
         assert isinstance(lease, Lease)
         cached = job.cached_tokens
         prompt, output = job.prompt_tokens, job.output_tokens
-        lease.release(OutcomeKind.ANSWERED, 200, _ns(job.first_token), output, 0, prompt, output, cached, _ns(now))
+        lease.release(OutcomeKind.ANSWERED, 200, _ns(job.first_token), None, None, prompt, output, cached, _ns(now))
         self.core.evict(_ns(now), 0)
 
     def lost(self, placement: Placement, now: float) -> None:
         lease = placement.handle
         assert isinstance(lease, Lease)
-        lease.release(OutcomeKind.NO_ANSWER, 0, -1, 0, 0, -1, -1, -1, _ns(now))
+        lease.release(OutcomeKind.NO_ANSWER, 0, -1, None, None, -1, -1, -1, _ns(now))
 
     def down(self, worker: int, now: float) -> None:
         self._probe(worker, False, now)

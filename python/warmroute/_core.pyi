@@ -108,8 +108,8 @@ class Lease:
         kind: OutcomeKind,
         status: int,
         first_byte_ns: int,
-        chunks: int,
-        max_gap_ns: int,
+        reader: BodyReader | None,
+        reused: bool | None,
         prompt_tokens: int,
         completion_tokens: int,
         cached_tokens: int,
@@ -117,6 +117,8 @@ class Lease:
         /,
     ) -> tuple[Transition, ...]:
         """Give the claim back; idempotent (a second call returns ()). -1 stands for unknown.
+
+        `reader`: of the answer's body. `reused`: whether the connection had been used before; None: there was none.
 
         `first_byte_ns` is when the answer's first byte came, on the clock of `now_ns`; with `completion_tokens` it
         tells how fast the target is. `cached_tokens` corrects what the index credits the target with.
@@ -189,6 +191,16 @@ class TargetInfo:
     @property
     def completion_tokens(self) -> int: ...
     @property
+    def connects(self) -> int:
+        """Attempts on a new connection; below: on one that had been used."""
+    @property
+    def reuses(self) -> int: ...
+    @property
+    def request_bytes(self) -> int:
+        """Of bodies that were sent to it."""
+    @property
+    def response_bytes(self) -> int: ...
+    @property
     def sticky_keys(self) -> int:
         """Routing keys that were given to it by the policy `manual`."""
     @property
@@ -224,6 +236,37 @@ class RequestSeries:
     def first_byte_buckets(self) -> list[int]: ...
     @property
     def first_byte_sum_ns(self) -> int: ...
+    @property
+    def chunks(self) -> int:
+        """Pieces in which answers came."""
+    @property
+    def gap_buckets(self) -> list[int]:
+        """Times between two pieces of an answer, by `pause_bounds_ns`; not cumulative; one more for +Inf."""
+    @property
+    def gap_sum_ns(self) -> int: ...
+
+@final
+class Counters:
+    """Counters over all processes and models."""
+
+    @property
+    def http_requests(self) -> list[tuple[str, str, int]]:
+        """(method, path, count) of what `count_http` was told."""
+    @property
+    def http_responses(self) -> list[tuple[int, str, int]]:
+        """(status, path, count)"""
+    @property
+    def retries(self) -> list[tuple[str, int]]:
+        """(why the attempt before had failed, count)"""
+    @property
+    def loop_lag(self) -> tuple[list[int], int]:
+        """Counts by `pause_bounds_ns` and one for +Inf, and the sum in ns."""
+    @property
+    def lock_waits(self) -> tuple[int, int]:
+        """How often the region's lock was somebody else's at first, and for how many ns in all."""
+    @property
+    def lost(self) -> int:
+        """Requests that were in flight when their process died."""
 
 @final
 class Core:
@@ -231,6 +274,10 @@ class Core:
         cls,
         *,
         region_file: str | None,
+        region_fd: int | None,
+        slab_fd: int | None,
+        processes: int,
+        process: int,
         policy: str,
         shadow_policy: str | None,
         cache_threshold: float,
@@ -252,8 +299,49 @@ class Core:
         breaker_success_threshold: int,
         breaker_timeout_ns: int,
         breaker_window_ns: int,
+        max_concurrent_requests: int,
+        queue_size: int,
+        requests_per_second: float,
         duration_buckets_ns: Sequence[int],
-    ) -> Core: ...
+    ) -> Core:
+        """Process `process` of `processes` on one region.
+
+        `region_fd`, `slab_fd`: descriptors that another process left open; without them both are made, in `region_file`
+        if that is given. 0 stands for no limit. Raises OSError.
+        """
+
+    # -- other processes
+    @property
+    def region_fd(self) -> int | None:
+        """For the other processes. None: the region is this process's alone."""
+    @property
+    def slab_fd(self) -> int | None:
+        """Of this process's own slab, likewise."""
+    def make_slab(self, process: int, /) -> int:
+        """A slab for a process that is about to be started: its descriptor. Its numbers count here, too."""
+    def watch_slab(self, process: int, fd: int, /) -> None:
+        """As `make_slab`, with one that exists. Raises OSError when it is of another version."""
+    def retire_process(self, process: int, fd: int, /) -> None:
+        """That process is dead: what it had in flight is forgotten, what it counted is counted here. `fd` is closed if
+        it is of `make_slab`. Raises RegionBusy."""
+    def turned_ns(self, process: int, /) -> int | None:
+        """When that process's event loop turned last; 0: not yet. None: it is not watched."""
+    def turned(self, lag_ns: int, now_ns: int, /) -> None:
+        """This process's event loop turned, `lag_ns` later than it should have."""
+    def learn_models(self, models: Sequence[str], /) -> None:
+        """Names that counters of other processes may be of."""
+
+    # -- limits over all processes
+    def enter(self, now_ns: int, /) -> bool | None:
+        """A request comes: True: it runs, False: it waits, None: too many wait. Raises RegionBusy; likewise below."""
+    def next_turn(self, now_ns: int, /) -> int:
+        """Whether one that waits in this process may run: 0: it runs now; ns to wait; -1: not before another ends."""
+    def leave(self) -> bool:
+        """One that ran in this process has ended; whether any wait, in whatever process."""
+    def withdraw(self, refused: bool, /) -> None:
+        """One that waited in this process does not any more; `refused`: it waited for too long."""
+    def admission(self) -> tuple[int, int, int, int]:
+        """(running, waiting, let in, rejected)"""
 
     # -- a region in a file
     @property
@@ -329,10 +417,18 @@ class Core:
     def series(self) -> list[RequestSeries]: ...
     def shadow_decisions(self) -> tuple[int, int]:
         """Selects in which the shadow policy chose (the same target, another one)."""
+    def counters(self) -> Counters: ...
+    def ledgers(self) -> list[tuple[int, int, int, int]]:
+        """(accepted, answered, in flight, lost) of each process, this one's first. Read between two calls of that
+        process, so that accepted == answered + in flight. Lost ones, whose process died, count as answered."""
+    def count_http(self, method: str, path: str, status: int, /) -> None:
+        """This process answered a request that is not routed, or refused one unread. Unknown names count as other."""
     def check_integrity(self) -> None:
         """Raises AssertionError naming the first broken invariant."""
 
 def policy_names() -> list[str]: ...
+def pause_bounds_ns() -> list[int]:
+    """Upper bounds of the histograms of pauses."""
 
 # ---------------------------------------------------------------------------------------------------------------- http
 
@@ -443,11 +539,14 @@ class BodyReader:
     def of_chunks() -> BodyReader: ...
     @staticmethod
     def until_eof() -> BodyReader: ...
-    def feed(self, data: bytes, /) -> int:
+    def feed(self, data: bytes, now_ns: int, /) -> int:
         """-1: all of `data` belongs to the body and it goes on; else how many bytes of `data` end it.
 
         Raises BadHead(400, ...) on framing that cannot be right.
         """
+    @property
+    def last_ns(self) -> int:
+        """When `feed` was called last."""
     @property
     def done(self) -> bool: ...
     @property

@@ -48,7 +48,8 @@ def parse_router_command_line(argv: Sequence[str], environment: Mapping[str, str
     parser = FlagParser(
         prog="launch_router",
         description="Sends each LLM request to the worker whose cache is warm.",
-        epilog="--check validates all this, asks each worker once what it serves, and exits: 0 if all can be used.",
+        epilog="--check-config validates all this and exits. --check also asks each worker once what it serves, and "
+        "exits with 0 if all can be used. SIGTERM drains, SIGHUP starts the program anew without losing a request.",
     )
     add_router_flags(parser)
     return settings_of(parser, parser.parse_args(argv), environment)

@@ -21,10 +21,13 @@ Policy = Literal[
     "random",
 ]
 AssignmentMode = Literal["random", "min_load", "min_group"]
+AccessLogFormat = Literal["json", "text"]
 LogLevel = Literal["debug", "info", "warn", "error"]
 
 MIB: Final = 1 << 20
 
+
+MAX_PROCESSES: Final = 64
 
 TEXT_PER_INDEX_BYTE: Final = 10
 
@@ -62,6 +65,33 @@ class RouterConfig:
     queue_timeout_secs: float = _flag(60.0, "seconds that a request may wait; after that it is answered 408", "SECONDS")
     rate_limit_tokens_per_second: float | None = _flag(
         None, "requests that may begin per second, and at once; unset: no limit", "REQUESTS"
+    )
+    processes: int = _flag(
+        1, "processes that serve clients, beside the one that supervises them; 0: one process does everything", "COUNT"
+    )
+    max_connections: int = _flag(
+        0, "most connections of clients per process; 0: what the limit of open files leaves room for", "CONNECTIONS"
+    )
+    max_buffered_bytes: int = _flag(
+        1 << 30,
+        "most bytes of request bodies that are kept at once, over all processes; more are answered 503",
+        "BYTES",
+    )
+    client_header_timeout_secs: float = _flag(
+        30.0, "longest time that a client may take to send the head of a request, in seconds", "SECONDS"
+    )
+    client_body_timeout_secs: float = _flag(
+        30.0, "longest pause of a client within the body of a request, in seconds", "SECONDS"
+    )
+    client_idle_timeout_secs: float = _flag(
+        300.0, "seconds after which a client's idle connection is closed", "SECONDS"
+    )
+    connect_timeout_secs: float = _flag(5.0, "longest time to connect to a worker, in seconds", "SECONDS")
+    first_byte_timeout_secs: float = _flag(
+        1800.0, "longest time from the choice of a worker to the first byte of its answer, in seconds", "SECONDS"
+    )
+    stream_idle_timeout_secs: float = _flag(
+        300.0, "longest pause of a worker within an answer that has begun, in seconds", "SECONDS"
     )
     request_timeout_secs: float = _flag(1800.0, "longest time a request may take, in seconds", "SECONDS")
     shutdown_grace_period_secs: float = _flag(
@@ -154,7 +184,16 @@ class RouterConfig:
         "upper bounds of the duration histograms, in seconds",
         "SECONDS",
     )
+    access_log: str | None = _flag(
+        None, "append a line per routed request to this file; - is the standard output", "FILE"
+    )
+    access_log_format: AccessLogFormat = _flag("json", "form of these lines")  # noqa: RUF009 (likewise)
     log_level: LogLevel = _flag("info", "least severe message that is logged")  # noqa: RUF009 (likewise)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether requests may have to wait for their turn."""
+        return self.max_concurrent_requests > 0 or self.rate_limit_tokens_per_second is not None
 
     def __post_init__(self) -> None:
         _check_listening(self)
@@ -183,7 +222,11 @@ def _check_listening(config: RouterConfig) -> None:
     # The value of a secret is not repeated in a message.
     if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
         raise ConfigError("api_key", "***", "must be printable ASCII without spaces around it, and not empty")
-    _require_positive(config, "max_payload_size", "request_timeout_secs", "queue_timeout_secs")
+    _require_positive(config, "max_payload_size", "max_buffered_bytes", "request_timeout_secs", "queue_timeout_secs")
+    _require_positive(config, "client_header_timeout_secs", "client_body_timeout_secs", "client_idle_timeout_secs")
+    _require_positive(config, "connect_timeout_secs", "first_byte_timeout_secs", "stream_idle_timeout_secs")
+    _require(config, "processes", 0 <= config.processes <= MAX_PROCESSES, f"must be between 0 and {MAX_PROCESSES}")
+    _require(config, "max_connections", config.max_connections >= 0, "must be 0 or more")
     _require(config, "max_concurrent_requests", config.max_concurrent_requests >= -1, "must be -1 (no limit) or more")
     _require(config, "queue_size", config.queue_size >= 0, "must be 0 or more")
     rate = config.rate_limit_tokens_per_second
@@ -248,6 +291,7 @@ def _check_observability(config: RouterConfig) -> None:
     rising = all(a < b for a, b in zip((0.0, *buckets), buckets, strict=False))
     usable = 1 <= len(buckets) <= 64 and rising and buckets[-1] < float("inf")
     _require(config, "prometheus_duration_buckets", usable, "must be 1 to 64 rising numbers above 0")
+    _require_choice(config, "access_log_format", AccessLogFormat)
     _require_choice(config, "log_level", LogLevel)
 
 

@@ -1,9 +1,12 @@
 """Where the worker behind a slot is reached. Control writes it, the data plane reads it, once per attempt."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
+
+from warmroute.directory_board import Board
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
@@ -23,6 +26,10 @@ class WorkerAddress:
     authorization: bytes | None
     """`Bearer KEY`, for a worker that has a key of its own; None: the client's header stays."""
 
+    @property
+    def key(self) -> str | None:
+        return self.authorization.removeprefix(b"Bearer ").decode() if self.authorization else None
+
     @classmethod
     def of(cls, worker_id: str, url: str, api_key: str | None) -> "WorkerAddress":
         """Raises ValueError, with a message for the user, when `url` is not a worker's."""
@@ -40,30 +47,80 @@ class WorkerAddress:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    incarnation: int
+    address: WorkerAddress
+    models: tuple[str, ...]
+
+
 class Directory:
-    """Slot -> address and models. One event loop, no lock; the prefix index and the loads are the core's."""
+    """Slot -> address and models. The prefix index and the loads are the core's.
 
-    def __init__(self) -> None:
-        self._addresses: dict[int, WorkerAddress] = {}
-        self._models: dict[int, tuple[str, ...]] = {}
+    With a board, other processes have it, too: `publish` before a worker can be chosen, so that whoever is told a slot
+    finds its worker.
+    """
 
-    def address(self, slot: int) -> WorkerAddress | None:
-        """None: the worker left between `select` and now; the attempt counts as CONNECT_FAILED."""
-        return self._addresses.get(slot)
+    def __init__(self, board: Board | None = None, *, is_writer: bool = True) -> None:
+        self._board = board
+        self._is_writer = is_writer
+        self._entries: dict[int, _Entry] = {}
+        self._is_published = True
+
+    # -- the data plane's side
+
+    def address(self, slot: int, incarnation: int | None = None) -> WorkerAddress | None:
+        """None: the worker left between `select` and now; the attempt counts as CONNECT_FAILED.
+
+        `incarnation`: of the worker that was chosen; another one may have the slot by now.
+        """
+        self._refresh()
+        entry = self._entries.get(slot)
+        if entry is None or (incarnation is not None and incarnation != entry.incarnation):
+            return None
+        return entry.address
 
     def models(self) -> list[str]:
         """Every name that some worker serves, for messages."""
-        return sorted({name for names in self._models.values() for name in names})
+        self._refresh()
+        return sorted({name for entry in self._entries.values() for name in entry.models})
 
-    def put(self, slots: Iterable[int], address: WorkerAddress, models: tuple[str, ...]) -> None:
-        for slot in slots:
-            self._addresses[slot] = address
-            self._models[slot] = models
+    # -- the control plane's side
+
+    def put(
+        self, slots: Iterable[int], address: WorkerAddress, models: tuple[str, ...], incarnations: Iterable[int]
+    ) -> None:
+        for slot, incarnation in zip(slots, incarnations, strict=True):
+            self._entries[slot] = _Entry(incarnation, address, models)
+        self._is_published = False
 
     def remove(self, slots: Iterable[int]) -> None:
         for slot in slots:
-            self._addresses.pop(slot, None)
-            self._models.pop(slot, None)
+            self._entries.pop(slot, None)
+        self._is_published = False
+
+    def publish(self) -> None:
+        """To the other processes, if something has changed. Raises BoardFull."""
+        if self._board is None or self._is_published:
+            return
+        by_worker: dict[str, list[Any]] = {}
+        for slot, entry in self._entries.items():
+            address = entry.address
+            worker = by_worker.setdefault(address.worker_id, [address.worker_id, address.url, address.key, [], []])
+            worker[3] = entry.models
+            worker[4].append((slot, entry.incarnation))
+        self._board.write(json.dumps(list(by_worker.values()), separators=(",", ":")).encode())
+        self._is_published = True
+
+    def _refresh(self) -> None:
+        if self._board is None or self._is_writer or not self._board.has_changed:
+            return
+        entries = {}
+        for worker_id, url, key, models, slots in json.loads(self._board.read() or b"[]"):
+            address = WorkerAddress.of(worker_id, url, key)
+            for slot, incarnation in slots:
+                entries[slot] = _Entry(incarnation, address, tuple(models))
+        self._entries = entries
 
 
 def parse_worker_url(text: str) -> str:

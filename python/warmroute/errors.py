@@ -24,6 +24,7 @@ class ErrorCode(enum.Enum):
     NOT_FOUND = ("not_found", 404, "invalid_request_error", "client", False, None)
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "invalid_request_error", "client", False, None)
     REQUEST_TIMEOUT = ("request_timeout", 408, "timeout_error", "client", True, None)
+    BODY_TIMEOUT = ("body_timeout", 408, "timeout_error", "client", True, None)
     QUEUE_TIMEOUT = ("queue_timeout", 408, "rate_limit_error", "router", True, _COME_BACK_SECONDS)
     PAYLOAD_TOO_LARGE = ("payload_too_large", 413, "invalid_request_error", "client", False, None)
     EXPECTATION_FAILED = ("expectation_failed", 417, "invalid_request_error", "client", False, None)
@@ -40,6 +41,9 @@ class ErrorCode(enum.Enum):
     CONTROL_UNAVAILABLE = ("control_unavailable", 503, "server_error", "router", True, _COME_BACK_SECONDS)
     SHUTTING_DOWN = ("shutting_down", 503, "server_error", "router", True, _COME_BACK_SECONDS)
     UPSTREAM_TIMEOUT = ("upstream_timeout", 504, "server_error", "worker", True, None)
+    UPSTREAM_CONNECT_TIMEOUT = ("upstream_connect_timeout", 504, "server_error", "worker", True, None)
+    UPSTREAM_FIRST_BYTE_TIMEOUT = ("upstream_first_byte_timeout", 504, "server_error", "worker", True, None)
+    UPSTREAM_STALLED = ("upstream_stalled", 504, "server_error", "worker", True, None)
     HTTP_VERSION = ("http_version_not_supported", 505, "invalid_request_error", "client", False, None)
 
     def __init__(

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import uvloop
 
-from warmroute.app import CannotStart, prepare_process, serve
+from warmroute.app import prepare_process, serve
 from warmroute.command_line import FlagParser, Settings, add_router_flags, settings_of
 from warmroute.config import RouterConfig
+from warmroute.process import CannotStart
 from warmroute.worker_processes import WorkerFailed, WorkerProcesses, hold_ports
 
 # sglang-router's; below the ephemeral range (32768 and up), so that no outgoing connection takes one.

@@ -40,6 +40,7 @@ fn router(policy: &str, targets: usize) -> Arc<Router> {
         strict_model: false,
         health: Thresholds { failure: 3, success: 1 },
         breaker: Limits { enabled: false, failures: 10, successes: 3, timeout_ns: SECOND, window_ns: SECOND },
+        admission: router_core::admission::Limits { concurrent: 0, queue: 0, per_second: 0.0 },
         duration_buckets_ns: vec![SECOND],
     })
     .expect("settings");

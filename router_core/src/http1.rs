@@ -6,6 +6,7 @@
 //!
 //! Every answer is a function of the bytes from the start of the message, never of how they were cut into reads.
 
+mod arrivals;
 mod body;
 mod chunks;
 mod fields;
@@ -14,6 +15,7 @@ mod response;
 mod target;
 mod usage;
 
+pub use arrivals::Arrivals;
 pub use body::BodyReader;
 pub use chunks::ChunkDecoder;
 pub use request::RequestHead;

@@ -2,10 +2,12 @@
 //!
 //! Pure and deterministic: time and seeds are arguments, nothing here reads a clock, opens a socket or writes a log.
 
+pub mod admission;
 pub mod breaker;
 pub mod error;
 pub mod health;
 pub mod http1;
+mod mapping;
 pub mod metrics;
 pub mod model;
 pub mod outcome;

@@ -11,6 +11,7 @@
 //! lock       a cache line                                        (region/robust_lock.rs)
 //! models     names as hashes, availability bitsets               (model.rs)
 //! targets    loads, records [slot], and [process][slot]          (target.rs)
+//! admission  what runs and waits, [process]                     (admission.rs)
 //! keys       whom routing keys were given to                      (sticky_keys.rs)
 //! registry   what the control process knows of the workers           (region/registry.rs)
 //! index      prefix index                                        (prefix_index.rs)
@@ -18,7 +19,6 @@
 #![allow(unsafe_code, reason = "slices of memory that other processes map too")]
 
 mod file;
-mod mapping;
 mod registry;
 mod robust_lock;
 
@@ -33,13 +33,14 @@ use std::ptr::NonNull;
 use std::slice;
 use std::time::Duration;
 
+use crate::admission::{self, Admission};
 use crate::error::Error;
+use crate::mapping::Mapping;
 use crate::model::{self, Models};
 use crate::prefix_index::{self, PrefixIndex};
 use crate::random::Random;
 use crate::sticky_keys::{self, StickyKeys};
 use crate::target::{self, Targets};
-use mapping::Mapping;
 use robust_lock::{Locked, RobustLock};
 
 /// Slots of targets. As many as a holder in the prefix index can name.
@@ -47,7 +48,7 @@ pub const MAX_TARGETS: usize = prefix_index::MAX_TARGETS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"warmrout");
 /// Changes with every change of what stands where that sizes do not show.
-const LAYOUT_VERSION: u64 = 4;
+const LAYOUT_VERSION: u64 = 5;
 
 /// A cache line. Sections begin on one: the index counts on it.
 const LINE_WORDS: usize = 8;
@@ -73,6 +74,7 @@ pub struct Layout {
     processes: usize,
     models: Range<usize>,
     targets: Range<usize>,
+    admission: Range<usize>,
     sticky_keys: Range<usize>,
     registry: Range<usize>,
     index: Range<usize>,
@@ -86,10 +88,11 @@ impl Layout {
         let section = |start: usize, words: usize| start..start + words;
         let models = section(HEADER_WORDS + robust_lock::WORDS, model::WORDS);
         let targets = section(models.end.next_multiple_of(LINE_WORDS), target::words(processes));
-        let sticky_keys = section(targets.end.next_multiple_of(LINE_WORDS), sticky_keys::WORDS);
+        let admission = section(targets.end.next_multiple_of(LINE_WORDS), admission::words(processes));
+        let sticky_keys = section(admission.end.next_multiple_of(LINE_WORDS), sticky_keys::WORDS);
         let registry = section(sticky_keys.end.next_multiple_of(LINE_WORDS), registry::WORDS);
         let index = section(registry.end.next_multiple_of(LINE_WORDS), index_layout.words());
-        Self { processes, models, targets, sticky_keys, registry, index, index_layout }
+        Self { processes, models, targets, admission, sticky_keys, registry, index, index_layout }
     }
 
     /// Of the whole block.
@@ -139,7 +142,7 @@ impl Region {
     #[cfg(target_os = "linux")]
     pub fn shared(processes: usize, index_memory_bytes: usize, seed: u64, hash_seed: u64) -> io::Result<(Self, File)> {
         let layout = Layout::new(processes.max(1), index_memory_bytes);
-        let file = Mapping::memory_file(layout.words())?;
+        let file = Mapping::memory_file("warmroute-region", layout.words())?;
         let memory = Mapping::shared(&file, layout.words())?;
         Ok((Self::format(layout, memory, seed, hash_seed)?, file))
     }
@@ -190,10 +193,12 @@ impl Region {
     /// [`Error::RegionBusy`] when it was not had in time.
     pub fn lock(&self) -> Result<Guard<'_>, Error> {
         let locked = self.lock.lock(LOCK_TIMEOUT);
+        let (locked, waited_ns) = locked;
         if locked == Locked::Busy {
             return Err(Error::RegionBusy);
         }
-        let mut guard = Guard { region: self, from_the_dead: locked == Locked::FromTheDead, thread: PhantomData };
+        let from_the_dead = locked == Locked::FromTheDead;
+        let mut guard = Guard { region: self, from_the_dead, waited_ns, thread: PhantomData };
         guard.header()[HOLDER_WORD] = self.process as u64 + 1;
         if guard.from_the_dead {
             // It may have died between a column and its total.
@@ -212,6 +217,7 @@ impl Region {
         let mut guard = self.lock()?;
         let mut state = guard.state();
         state.targets.clear_process(process);
+        state.admission.clear_process(process);
         state.targets.recount();
         Ok(())
     }
@@ -251,6 +257,7 @@ fn word_at(memory: &Mapping, word: usize) -> NonNull<u64> {
 pub struct Guard<'r> {
     region: &'r Region,
     from_the_dead: bool,
+    waited_ns: u64,
     /// Whoever locks unlocks.
     thread: PhantomData<*const ()>,
 }
@@ -261,22 +268,28 @@ impl Guard<'_> {
         self.from_the_dead
     }
 
+    /// How long somebody else had the lock first.
+    pub fn waited_ns(&self) -> u64 {
+        self.waited_ns
+    }
+
     /// Views of everything in the region.
     pub fn state(&mut self) -> State<'_> {
         let layout = &self.region.layout;
         let process = self.region.process;
         // SAFETY: the guard has the lock, and the sections do not overlap.
-        let (header, models, targets, keys, registry, index) = unsafe {
+        let (header, models, targets, admission, keys, registry, index) = unsafe {
             let words = |range: &Range<usize>| self.region.words(range.clone());
             let (models, targets) = (words(&layout.models), words(&layout.targets));
-            let header = self.region.words(0..HEADER_WORDS);
+            let (header, admission) = (self.region.words(0..HEADER_WORDS), words(&layout.admission));
             let (keys, registry) = (words(&layout.sticky_keys), words(&layout.registry));
-            (header, models, targets, keys, registry, words(&layout.index))
+            (header, models, targets, admission, keys, registry, words(&layout.index))
         };
         State {
             random: Random(&mut header[RANDOM_WORD]),
             models: Models::new(models),
             targets: Targets::new(targets, layout.processes, process),
+            admission: Admission::new(admission, process),
             sticky_keys: StickyKeys::new(keys),
             registry: RegistryText::new(registry),
             index: layout.index_layout.attach(index),
@@ -304,6 +317,8 @@ pub struct State<'m> {
     pub models: Models<'m>,
     /// What is known of each target.
     pub targets: Targets<'m>,
+    /// What runs and waits, of what is limited.
+    pub admission: Admission<'m>,
     /// Whom routing keys were given to.
     pub sticky_keys: StickyKeys<'m>,
     /// What the control process knows of the workers.

@@ -9,11 +9,13 @@
 //! release  load down, machines, claim, learning           the region's lock
 //! ```
 
+mod admission;
 mod explain;
 mod lease;
 mod names;
 mod request;
 mod settings;
+mod slabs;
 mod views;
 mod workers;
 
@@ -23,11 +25,13 @@ pub use request::Request;
 pub use settings::Settings;
 pub use views::{NamedSeries, TargetView};
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::Error;
 use crate::metrics::{Slab, TargetCounter};
 use crate::model::ANY;
+use crate::outcome::OutcomeKind;
 use crate::policy::{self, Candidates, Choice, Policies, Policy};
 use crate::prefix_index::Matches;
 use crate::prompt::{BadRequest, Endpoint, PromptReader};
@@ -60,6 +64,8 @@ pub struct Router {
     reader: PromptReader,
     region: Region,
     slab: Slab,
+    /// Of the other processes, where this one is asked for the numbers of all.
+    others: Mutex<BTreeMap<usize, Slab>>,
     names: Names,
     matches: Mutex<Matches>,
 }
@@ -71,7 +77,8 @@ impl Router {
     /// [`Error::Invalid`] names the setting that cannot be.
     pub fn new(settings: Settings) -> Result<Arc<Self>, Error> {
         let region = Region::anonymous(settings.index_memory_bytes, settings.seed, settings.hash_seed);
-        Self::on(region, settings)
+        let slab = Slab::new(settings.duration_buckets_ns.clone());
+        Self::on(region, slab, settings)
     }
 
     /// A router on a region, which other processes may share; all of them have the same settings. Time must be the same for
@@ -79,7 +86,7 @@ impl Router {
     ///
     /// # Errors
     /// [`Error::Invalid`] names the setting that cannot be.
-    pub fn on(region: Region, settings: Settings) -> Result<Arc<Self>, Error> {
+    pub fn on(region: Region, slab: Slab, settings: Settings) -> Result<Arc<Self>, Error> {
         settings.validate()?;
         let hash_seed = region.hash_seed();
         let parameters = &settings.policy_parameters;
@@ -90,7 +97,8 @@ impl Router {
             shadow,
             reader: PromptReader::new(hash_seed),
             region,
-            slab: Slab::new(settings.duration_buckets_ns.clone()),
+            slab,
+            others: Mutex::default(),
             names: Names::new(hash_seed),
             matches: Mutex::new(Matches::new(MAX_TARGETS)),
             settings,
@@ -110,11 +118,17 @@ impl Router {
         body: &[u8],
         now_ns: u64,
     ) -> Result<Arc<Request>, BadRequest> {
-        match self.reader.read(endpoint, body) {
-            Ok(prompt) => Ok(Arc::new(Request::new(self, endpoint, routing_headers, prompt, now_ns))),
+        let read = self.reader.read(endpoint, body);
+        let _step = self.slab.step();
+        self.slab.accept();
+        match read {
+            Ok(prompt) => {
+                self.slab.change_in_flight(1);
+                Ok(Arc::new(Request::new(self, endpoint, routing_headers, (prompt, body.len()), now_ns)))
+            }
             Err(refused) => {
                 let series = self.slab.settle(None, endpoint, false);
-                self.slab.accept(series);
+                self.slab.assign(series);
                 self.slab.answer(series, BAD_REQUEST, 0, None);
                 Err(refused)
             }
@@ -145,7 +159,7 @@ impl Router {
             let mut picked = 0;
             let look = |choice: &mut Choice<'_, '_>| picked = shadow.policy.pick(choice);
             explain::watch(&state, model, request, &candidates, &matches, now_ns, look);
-            (shadow, picked)
+            picked
         });
         let policy = self.policy_of(&state, model);
         let slot = policy.pick(&mut Choice {
@@ -165,11 +179,12 @@ impl Router {
             let max_idle_ns = self.settings.policy_parameters.max_idle_ns;
             state.sticky_keys.remember(key, slot, now_ns, max_idle_ns, &mut state.targets);
         }
-        if let Some((shadow, picked)) = shadows_pick {
-            shadow.observe(picked == slot);
+        if let Some(picked) = shadows_pick {
+            self.slab.shadow(picked == slot);
         }
         let series = progress.settle(request, label(&state, model, Some(slot)));
-        self.slab.attempt(series, progress.attempts > 0);
+        let retried = (progress.attempts > 0).then(|| progress.last_outcome.unwrap_or(OutcomeKind::Cancelled));
+        self.slab.attempt(series, retried);
         self.slab.count(slot, state.targets.incarnation(slot), TargetCounter::Selections, 1);
         progress.attempts += 1;
         Ok(Some(self.begin(&mut state, request, slot, &matches, now_ns)))
@@ -183,6 +198,8 @@ impl Router {
         let series = progress.settle(request, None);
         if !std::mem::replace(&mut progress.finished, true) {
             let since = |ns: u64| ns.saturating_sub(request.accepted_ns());
+            let _step = self.slab.step();
+            self.slab.change_in_flight(-1);
             self.slab.answer(series, status, since(now_ns), first_byte_ns.map(since));
         }
     }
@@ -201,6 +218,9 @@ impl Router {
     /// The region, to read and write.
     fn lock(&self) -> Result<Guard<'_>, Error> {
         let mut guard = self.region.lock()?;
+        if guard.waited_ns() > 0 {
+            self.slab.waited(guard.waited_ns());
+        }
         if guard.from_the_dead() {
             self.refresh_all(&mut guard.state());
         }

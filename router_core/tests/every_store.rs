@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::{env, mem, ptr};
 
+use router_core::metrics::Slab;
 use router_core::outcome::{Outcome, OutcomeKind};
 use router_core::prompt::Endpoint;
 use router_core::region::Region;
@@ -110,7 +111,7 @@ fn another_process() {
     let words: Vec<&str> = task.split(' ').collect();
     let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", words[0])).unwrap();
     let region = Region::attach(&file, 2, settings().index_memory_bytes, 1).unwrap();
-    let router = Router::on(region, settings_of(words[3])).unwrap();
+    let router = Router::on(region, Slab::new(vec![]), settings_of(words[3])).unwrap();
     FATAL.store(words[1].parse().unwrap(), Ordering::Relaxed);
     let open = router.select(&prompt(&router, "still in flight"), 0, false).unwrap().unwrap();
     let request = prompt(&router, words[2]);
@@ -142,7 +143,7 @@ fn run(file: &File, fatal: u64, name: &str, policy: &str) -> Option<u64> {
 fn dies_before_each_store(policy: &str) -> u64 {
     let Settings { index_memory_bytes, seed, hash_seed, .. } = settings();
     let (region, file) = Region::shared(2, index_memory_bytes, seed, hash_seed).unwrap();
-    let router = Router::on(region, settings_of(policy)).unwrap();
+    let router = Router::on(region, Slab::new(vec![]), settings_of(policy)).unwrap();
     for _ in 0..WORKERS {
         let slots = router.add_worker(&[MODEL.to_owned()], 1, 1_000_000, None).unwrap();
         router.observe_probe(slots[0], true).unwrap();

@@ -233,7 +233,8 @@ fn requests_are_counted_where_they_belong() {
     assert_eq!((own.duration_sum_ns, own.first_byte_sum_ns), (SECOND, SECOND / 100));
     assert_eq!((&own.duration_buckets[..], &own.first_byte_buckets[..]), (&[0, 1, 0][..], &[1, 0, 0][..]));
     let given_up = &by_model[&("other", Endpoint::Chat as u8)].reading;
-    assert_eq!((given_up.accepted, given_up.answered.len()), (1, 0));
+    assert_eq!((given_up.accepted, &given_up.answered[..]), (1, &[(499, 1)][..]));
+    assert_eq!(fleet.router.counted().retries(), [0, 1, 0, 0]);
     let refused = &by_model[&("other", Endpoint::Completions as u8)].reading;
     assert_eq!((refused.accepted, &refused.answered[..]), (1, &[(400, 1)][..]));
     assert_eq!(series.len(), 3);

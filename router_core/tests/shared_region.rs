@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use std::{env, thread};
 
 use router_core::error::Error;
+use router_core::metrics::Slab;
 use router_core::outcome::{Outcome, OutcomeKind};
 use router_core::prompt::Endpoint;
 use router_core::region::{Found, Region};
@@ -35,7 +36,7 @@ fn shared() -> (Region, File) {
 
 fn router_with_workers(workers: usize) -> (Arc<Router>, File) {
     let (region, file) = shared();
-    let router = Router::on(region, settings()).unwrap();
+    let router = Router::on(region, Slab::new(vec![]), settings()).unwrap();
     for _ in 0..workers {
         let slots = router.add_worker(&[MODEL.to_owned()], 1, 1_000, None).unwrap();
         router.observe_probe(slots[0], true).unwrap();
@@ -62,7 +63,9 @@ fn another_process() {
     let process: usize = words[1].parse().unwrap();
     let region = Region::attach(&file, PROCESSES, settings().index_memory_bytes, process).unwrap();
     match words[2] {
-        "route" => work(&Router::on(region, settings()).unwrap(), process as u64, words[3].parse().unwrap()),
+        "route" => {
+            work(&Router::on(region, Slab::new(vec![]), settings()).unwrap(), process as u64, words[3].parse().unwrap())
+        }
         "die" => {
             let _guard = region.lock().unwrap();
             std::process::abort();
@@ -212,7 +215,7 @@ fn open_in(path: &Path, bytes: usize, hash_seed: u64, any_hash_seed: bool) -> st
 fn crash(path: &Path) {
     let Settings { index_memory_bytes, .. } = settings();
     let (region, _file, _) = open_in(path, index_memory_bytes, 12, true).unwrap();
-    let router = Router::on(region, settings()).unwrap();
+    let router = Router::on(region, Slab::new(vec![]), settings()).unwrap();
     let slots = router.add_worker(&[MODEL.to_owned()], 1, 1_000, None).unwrap();
     router.observe_probe(slots[0], true).unwrap();
     let _lease = router.select(&long_prompt(&router), 0, false).unwrap().unwrap();
@@ -236,7 +239,7 @@ fn a_region_in_a_file_goes_on_after_its_router() {
 
     let (region, file, found) = open(index_memory_bytes, 12, true).unwrap();
     assert_eq!((found, region.hash_seed()), (Found::Kept, 11));
-    let router = Router::on(region, settings()).unwrap();
+    let router = Router::on(region, Slab::new(vec![]), settings()).unwrap();
     let slots = router.take_over().unwrap();
     assert_eq!(slots, [0]);
     assert_eq!(router.registry().unwrap(), (1, b"who is who".to_vec()));

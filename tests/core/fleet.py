@@ -16,6 +16,10 @@ MODEL = "llama"
 def core(workers: int = 0, **changed: Any) -> Core:
     settings: dict[str, Any] = {
         "region_file": None,
+        "region_fd": None,
+        "slab_fd": None,
+        "processes": 1,
+        "process": 0,
         "any_hash_seed": False,
         "policy": "cache_aware",
         "shadow_policy": None,
@@ -37,6 +41,9 @@ def core(workers: int = 0, **changed: Any) -> Core:
         "breaker_success_threshold": 3,
         "breaker_timeout_ns": 60 * SECOND,
         "breaker_window_ns": 120 * SECOND,
+        "max_concurrent_requests": 0,
+        "queue_size": 0,
+        "requests_per_second": 0.0,
         "duration_buckets_ns": [SECOND // 100, SECOND],
     }
     made = Core(**settings | changed)
@@ -69,7 +76,7 @@ def select(core: Core, body: bytes) -> Lease:
 
 
 def release(lease: Lease, kind: OutcomeKind = OutcomeKind.ANSWERED, status: int = 200) -> tuple[Transition, ...]:
-    return lease.release(kind, status, -1, 0, 0, -1, -1, -1, NOW)
+    return lease.release(kind, status, -1, None, None, -1, -1, -1, NOW)
 
 
 def route(core: Core, body: bytes) -> int:

@@ -134,19 +134,24 @@ def test_routes_compare_and_hash(parser: HeadParser) -> None:
 
 def test_body_readers() -> None:
     chunked = BodyReader.of_chunks()
-    assert (chunked.feed(b"5\r\nhel"), chunked.done, chunked.open_chunk_bytes) == (-1, False, 4)
-    assert (chunked.feed(b"lo\r\n0\r\n\r\nnext"), chunked.done, chunked.open_chunk_bytes) == (9, True, -1)
+    assert (chunked.feed(b"5\r\nhel", 1), chunked.done, chunked.open_chunk_bytes) == (-1, False, 4)
+    assert (chunked.feed(b"lo\r\n0\r\n\r\nnext", 2), chunked.done, chunked.open_chunk_bytes) == (9, True, -1)
     of_length = BodyReader.of_length(3)
-    assert (of_length.feed(b"ab"), of_length.end_of_file(), of_length.feed(b"cd"), of_length.done) == (
+    assert (of_length.feed(b"ab", 1), of_length.end_of_file(), of_length.feed(b"cd", 2), of_length.done) == (
         -1,
         False,
         1,
         True,
     )
     until_eof = BodyReader.until_eof()
-    assert (until_eof.feed(b"ab"), until_eof.done, until_eof.end_of_file(), until_eof.done) == (-1, False, True, True)
+    assert (until_eof.feed(b"ab", 1), until_eof.done, until_eof.end_of_file(), until_eof.done) == (
+        -1,
+        False,
+        True,
+        True,
+    )
     with pytest.raises(BadHead) as refusal:
-        BodyReader.of_chunks().feed(b"-1\r\n")
+        BodyReader.of_chunks().feed(b"-1\r\n", 1)
     assert refusal.value.args[0] == 400
 
 
@@ -155,7 +160,7 @@ def test_usage() -> None:
     assert reader.usage() == (-1, -1, -1)
     body = b'data: {"usage":{"prompt_tokens":12,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":8}}}\n\n'
     for byte in body:
-        reader.feed(b"1\r\n%c\r\n" % byte)
+        reader.feed(b"1\r\n%c\r\n" % byte, 1)
     assert reader.usage() == (12, 3, 8)
 
 

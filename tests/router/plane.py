@@ -15,11 +15,10 @@ from aiohttp import web
 
 from tests.fake_worker import FakeWorker
 from warmroute._core import Core
-from warmroute.app import build_core
 from warmroute.config import RouterConfig
 from warmroute.dataplane import DataPlane
 from warmroute.directory import Directory, WorkerAddress
-from warmroute.http_counts import HttpCounts
+from warmroute.engine import build_core
 
 
 @dataclass
@@ -48,6 +47,7 @@ class Plane:
                 authorization=authorization,
             ),
             facts.models,
+            [self.core.target(slot).incarnation for slot in slots],
         )
         for _ in range(2):
             self.core.observe_probe(slots[0], True, monotonic_ns())
@@ -113,7 +113,7 @@ async def running(workers: Sequence[FakeWorker] = (), **config: Any) -> AsyncIte
 
     core = build_core(settings)
     directory = Directory()
-    plane = DataPlane(settings, core, directory, control_upstream, HttpCounts())
+    plane = DataPlane(settings, core, directory, control_upstream)
     listener = await loop.create_server(plane.protocol_factory, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:

@@ -12,12 +12,12 @@ import httpx
 
 from tests.processes import free_port
 from warmroute._core import Core
-from warmroute.app import build_core
 from warmroute.command_line import Settings
 from warmroute.config import RouterConfig
 from warmroute.control.control_plane import ControlPlane
 from warmroute.directory import Directory
-from warmroute.http_counts import HttpCounts
+from warmroute.engine import build_core
+from warmroute.listening import metrics_sockets
 
 
 @dataclass
@@ -27,6 +27,8 @@ class RunningControl:
     plane: ControlPlane
     http: httpx.AsyncClient
     config: RouterConfig
+    running: dict[str, list[tuple[str, str]]]
+    """What a data plane would say of who has a request."""
 
     async def register(self, url: str, **fields: Any) -> str:
         """The id of a worker that was accepted."""
@@ -60,14 +62,19 @@ async def running_control(**fields: Any) -> AsyncIterator[RunningControl]:
     config = RouterConfig(**given)
     settings = Settings(config, dict.fromkeys(RouterConfig.__slots__, "default"))
     core, directory = build_core(config), Directory()
-    plane = ControlPlane(settings, core, directory, HttpCounts())
+    found: dict[str, list[tuple[str, str]]] = {}
+
+    async def find_request(request_id: str) -> list[tuple[str, str]]:
+        return found.get(request_id, [])
+
+    plane = ControlPlane(settings, core, directory, metrics_sockets(config), find_request)
     await plane.start()
     try:
         async with (
             _tcp_front(plane.control_upstream) as url,
             httpx.AsyncClient(base_url=url, trust_env=False, timeout=10.0) as http,
         ):
-            yield RunningControl(core, directory, plane, http, config)
+            yield RunningControl(core, directory, plane, http, config, found)
     finally:
         await plane.close()
         core.check_integrity()

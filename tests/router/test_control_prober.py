@@ -21,7 +21,7 @@ def fail_one_request(control: RunningControl) -> None:
     request = control.core.read(b"/generate", b"", b'{"text": "hello"}', now_ns)
     lease = control.core.select(request, now_ns, False)
     assert lease is not None
-    lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, 0, 0, -1, -1, -1, time.monotonic_ns())
+    lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, time.monotonic_ns())
     request.finish(502, -1, time.monotonic_ns())
 
 
@@ -77,7 +77,7 @@ async def test_restart_makes_the_core_forget_its_cache() -> None:
         request = control.core.read(b"/generate", b"", body, now_ns)
         lease = control.core.select(request, now_ns, False)
         assert lease is not None
-        lease.release(OutcomeKind.ANSWERED, 200, now_ns, 1, 0, 600, 1, 0, now_ns)
+        lease.release(OutcomeKind.ANSWERED, 200, now_ns, None, None, 600, 1, 0, now_ns)
         request.finish(200, now_ns, now_ns)
         (target,) = (await control.info(worker_id))["targets"]
         assert target["index_characters"] > 2000

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from warmroute._core import Core, Lease, OutcomeKind
-from warmroute.app import build_core
 from warmroute.config import RouterConfig
 from warmroute.control.worker_facts import WorkerFacts
 from warmroute.control.worker_spec import WorkerSpec
 from warmroute.control.workers import AlreadyRegistered, Registry, Worker
 from warmroute.directory import Directory
+from warmroute.engine import build_core
 
 SECOND = 1_000_000_000
 DRAIN_NS = 5 * SECOND
@@ -41,7 +41,7 @@ class Fleet:
 
 
 def release(lease: Lease, now_ns: int) -> None:
-    lease.release(OutcomeKind.ANSWERED, 200, now_ns, 1, 0, -1, -1, -1, now_ns)
+    lease.release(OutcomeKind.ANSWERED, 200, now_ns, None, None, -1, -1, -1, now_ns)
 
 
 def test_worker_has_no_slots_before_it_told_what_it_serves() -> None:

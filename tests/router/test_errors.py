@@ -98,8 +98,8 @@ def test_bad_url(text: str) -> None:
 def test_directory() -> None:
     directory = Directory()
     first, second = WorkerAddress.of("1", "a:1", None), WorkerAddress.of("2", "b:1", None)
-    directory.put([4, 5], first, ("m", "alias"))
-    directory.put([9], second, ("m",))
+    directory.put([4, 5], first, ("m", "alias"), [1, 1])
+    directory.put([9], second, ("m",), [3])
     assert [directory.address(slot) for slot in (4, 5, 9, 6)] == [first, first, second, None]
     assert directory.models() == ["alias", "m"]
     directory.remove([4, 5])

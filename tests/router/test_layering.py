@@ -12,16 +12,21 @@ ROOT = Path(__file__).parents[2]
 ROUTER_LAYERS = [
     {"warmroute.launch_router", "warmroute.launch_server", "warmroute.worker_processes"},
     {"warmroute.app"},
-    {"warmroute.control", "warmroute.dataplane"},
+    {"warmroute.supervisor", "warmroute.one_process", "warmroute.data_process"},
+    {"warmroute.control", "warmroute.dataplane", "warmroute.reexecution", "warmroute.startup"},
+    {"warmroute.children", "warmroute.child_task", "warmroute.channel", "warmroute.engine", "warmroute.listening"},
     {
         "warmroute.retry",
+        "warmroute.restarts",
+        "warmroute.process",
+        "warmroute.service_manager",
+        "warmroute.directory_board",
         "warmroute.router_health",
         "warmroute.command_line",
         "warmroute.refused_flags",
         "warmroute.directory",
         "warmroute.config",
         "warmroute.errors",
-        "warmroute.http_counts",
     },
     {"warmroute._core", "warmroute"},
 ]
@@ -32,7 +37,7 @@ APART = [("warmroute.control", "warmroute.dataplane"), ("warmroute.dataplane", "
 CONFINED = {
     "aiohttp": ["warmroute.control"],
     "prometheus_client": ["warmroute.control"],
-    "uvloop": ["warmroute.app", "warmroute.launch_server"],
+    "uvloop": ["warmroute.app", "warmroute.data_process", "warmroute.launch_server"],
     "httpx": ["warmroute.control", "warmroute.worker_processes"],
 }
 

@@ -16,8 +16,7 @@ async def test_limits_make_requests_wait_or_refuse_them() -> None:
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert refused.json()["error"]["code"] == "queue_full"
         assert refused.headers["retry-after"] == "1"
-        assert router.plane.admission is not None
-        assert router.plane.admission.counts() == (0, 0, 4, 2)
+        assert router.core.admission() == (0, 0, 4, 2)
 
         worker.script = Script(stall=True)
         stalled = [asyncio.create_task(router.client.post(CHAT, json=chat(str(number)))) for number in range(2)]
@@ -25,16 +24,16 @@ async def test_limits_make_requests_wait_or_refuse_them() -> None:
         gone = asyncio.create_task(router.client.post(CHAT, json=chat("gone")))
         late = asyncio.create_task(router.client.post(CHAT, json=chat("late")))
         await asyncio.sleep(0.1)
-        assert router.plane.admission.counts()[:2] == (2, 2)
+        assert router.core.admission()[:2] == (2, 2)
         gone.cancel()
         await asyncio.sleep(0.1)
-        assert router.plane.admission.counts()[:2] == (2, 1)
+        assert router.core.admission()[:2] == (2, 1)
         waited = await late
         assert (waited.status_code, waited.json()["error"]["code"]) == (408, "queue_timeout")
         for task in stalled:
             task.cancel()
         await asyncio.sleep(0.1)
-        assert router.plane.admission.counts()[:2] == (0, 0)
+        assert router.core.admission()[:2] == (0, 0)
 
 
 async def test_a_request_that_runs_out_of_time_in_the_queue_is_told_so() -> None:

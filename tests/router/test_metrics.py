@@ -47,7 +47,7 @@ def answer_one(
     for status in statuses:
         lease = control.core.select(request, now_ns, True)
         assert lease is not None
-        lease.release(OutcomeKind.ANSWERED, status, first_byte_ns, 3, 0, *tokens, end_ns)
+        lease.release(OutcomeKind.ANSWERED, status, first_byte_ns, None, None, *tokens, end_ns)
     request.finish(status, first_byte_ns, end_ns)
 
 
@@ -89,7 +89,7 @@ async def test_draining_worker_and_its_successor_share_their_series() -> None:
         samples = await scrape(control)
         assert samples.labels("smg_worker_health") == [{"worker": worker.url}]
         assert samples.of("smg_worker_requests_active", worker=worker.url) == 1
-        lease.release(OutcomeKind.ANSWERED, 200, now_ns, 1, 0, -1, -1, -1, now_ns)
+        lease.release(OutcomeKind.ANSWERED, 200, now_ns, None, None, -1, -1, -1, now_ns)
         control.plane.registry.settle(time.monotonic_ns())
         samples = await scrape(control)
         assert samples.of("smg_worker_requests_active", worker=worker.url) == 0

@@ -5,8 +5,8 @@ import logging
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from warmroute.control.http_counts import HttpCounts
 from warmroute.errors import ErrorCode, Headers, WorkerApiCode, http_error, worker_api_error
-from warmroute.http_counts import HttpCounts
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,11 @@ def json_errors_and_counts(counts: HttpCounts) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        response = await _answer(request, handler)
+        counts.running += 1
+        try:
+            response = await _answer(request, handler)
+        finally:
+            counts.running -= 1
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else HttpCounts.OTHER
         known = path != HttpCounts.OTHER or request.method in ("GET", "POST")

@@ -10,8 +10,8 @@ from warmroute.command_line import Settings
 from warmroute.control.answers import json_errors_and_counts, method_not_allowed
 from warmroute.control.debug_api import DebugApi
 from warmroute.control.fleet_api import FleetApi
+from warmroute.control.http_counts import HttpCounts
 from warmroute.control.worker_api import WorkerApi
-from warmroute.http_counts import HttpCounts
 
 # The data plane keeps the POSTs to itself and hands on only other methods.
 ROUTED_PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import random
 import socket
+from collections.abc import Sequence
 from time import monotonic_ns, time_ns
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -15,7 +16,9 @@ from warmroute.command_line import Settings
 from warmroute.config import indexed_text_bytes
 from warmroute.control.api import control_app, metrics_app
 from warmroute.control.debug_api import DebugApi
-from warmroute.control.fleet_api import FleetApi
+from warmroute.control.fleet_api import FindRequest, FleetApi
+from warmroute.control.handover import state_of, worker_of
+from warmroute.control.http_counts import HttpCounts
 from warmroute.control.metrics import RouterCollector
 from warmroute.control.probe_schedule import ProbeIntervals, ProbeSchedule
 from warmroute.control.prober import Prober
@@ -25,7 +28,6 @@ from warmroute.control.worker_client import WorkerClient
 from warmroute.control.worker_spec import WorkerSpec
 from warmroute.control.workers import Registry
 from warmroute.directory import Directory, parse_worker_url
-from warmroute.http_counts import HttpCounts
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +42,25 @@ _BUCKET_BYTES: Final = 64
 _UPSTREAM_KEEP_ALIVE_SECONDS: Final = 3600.0
 # The data plane has drained by then, or was told not to.
 _SHUTDOWN_SECONDS: Final = 1.0
+# How long requests of the control app may take to end before another program takes its place.
+_LEAVE_SECONDS: Final = 2.0
 
 
 class ControlPlane:
     """`start` before anything else, `close` at the end; `control_upstream` in between."""
 
-    def __init__(self, settings: Settings, core: Core, directory: Directory, counts: HttpCounts) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        core: Core,
+        directory: Directory,
+        metrics_sockets: Sequence[socket.socket],
+        find_request: FindRequest,
+    ) -> None:
+        """`metrics_sockets` listen already; they are served and closed here."""
         config = settings.config
+        self._metrics_sockets = metrics_sockets
+        self._counts = HttpCounts()
         self._config = config
         self._core = core
         self._wake = asyncio.Event()
@@ -59,14 +73,12 @@ class ControlPlane:
         self.registry = Registry(core, directory, drain_ns, indexed_text_bytes(config.index_memory))
         self._prober = Prober(config, core, self.registry, self._client, schedule, monotonic_ns, self._wake.set)
         self.metrics = CollectorRegistry(auto_describe=False)
-        self.metrics.register(
-            RouterCollector(core, self.registry, self._prober, counts, config.prometheus_duration_buckets)
-        )
+        self.metrics.register(RouterCollector(core, self.registry, self._prober, self._counts, config))
         ProcessCollector(registry=self.metrics)
         worker_api = WorkerApi(self.registry, self._prober, monotonic_ns)
         debug_api = DebugApi(core, self.registry, monotonic_ns)
-        fleet_api = FleetApi(self.registry, self._client, monotonic_ns)
-        app = control_app(settings, core, counts, self.metrics, worker_api, fleet_api, debug_api)
+        fleet_api = FleetApi(self.registry, self._client, find_request, monotonic_ns)
+        app = control_app(settings, core, self._counts, self.metrics, worker_api, fleet_api, debug_api)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -77,13 +89,16 @@ class ControlPlane:
             metrics_app(self.metrics), access_log=None, shutdown_timeout=_SHUTDOWN_SECONDS
         )
 
-    async def start(self) -> None:
-        """Begin to probe the start-up workers and to answer. Raises OSError when the metrics port cannot be had."""
+    async def start(self, state: dict[str, Any] | None = None) -> None:
+        """Begin to probe the start-up workers and to answer. `state`: of the control plane before, see `leave`."""
         await self._runner.setup()
         await self._metrics_runner.setup()
-        site = web.TCPSite(self._metrics_runner, self._config.prometheus_host, self._config.prometheus_port)
-        await site.start()
-        self._take_over()
+        for sock in self._metrics_sockets:
+            await web.SockSite(self._metrics_runner, sock).start()
+        if state is None:
+            self._take_over()
+        else:
+            self._resume(state)
         known = {worker.spec.url for worker in self.registry}
         for url in map(parse_worker_url, self._config.worker_urls):
             if url not in known:
@@ -106,8 +121,38 @@ class ControlPlane:
             records = []
         self.registry.take_over(self._core.take_over(), records, self._config.api_key, monotonic_ns())
 
+    def _resume(self, state: dict[str, Any]) -> None:
+        counts = self._counts
+        counts.requests.update({(method, path): count for method, path, count in state["http_requests"]})
+        counts.responses.update({(status, path): count for status, path, count in state["http_responses"]})
+        self._prober.checks = {True: state["checks"][0], False: state["checks"][1]}
+        registry = self.registry
+        registry.retired_selections = {(model, policy): count for model, policy, count in state["retired_selections"]}
+        self._core.learn_models(state["models"])
+        registry.resume(map(worker_of, state["workers"]))
+
+    async def leave(self) -> dict[str, Any]:
+        """End, and say what the control plane that comes after this one in this process must know."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.gather(self._loop_task, return_exceptions=True)
+        deadline_ns = monotonic_ns() + int(_LEAVE_SECONDS * 1e9)
+        while self._counts.running and monotonic_ns() < deadline_ns:  # noqa: ASYNC110 (once in a router's life)
+            await asyncio.sleep(0.01)
+        await self._prober.close()
+        registry = self.registry
+        return {
+            "http_requests": [(*key, count) for key, count in self._counts.requests.items()],
+            "http_responses": [(*key, count) for key, count in self._counts.responses.items()],
+            "checks": [self._prober.checks[True], self._prober.checks[False]],
+            "retired_selections": [(*key, count) for key, count in registry.retired_selections.items()],
+            "models": sorted({series.model for series in self._core.series()}),
+            "workers": [state_of(worker) for worker in registry],
+        }
+
     def _publish(self) -> None:
-        if self._core.region_found is None or not self.registry.changed:
+        self.registry.publish()
+        if self._config.region_file is None or not self.registry.changed:
             return
         self.registry.changed = False
         try:
@@ -120,9 +165,13 @@ class ControlPlane:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
-        assert self._runner.server is not None, "start() comes first"
-        await asyncio.get_running_loop().connect_accepted_socket(self._runner.server, theirs)
+        await self.accept(theirs)
         return ours
+
+    async def accept(self, sock: socket.socket) -> None:
+        """Answer on a socket whose other end asks."""
+        assert self._runner.server is not None, "start() comes first"
+        await asyncio.get_running_loop().connect_accepted_socket(self._runner.server, sock)
 
     async def close(self) -> None:
         if self._loop_task is not None:

@@ -1,7 +1,8 @@
 """What concerns all workers: their models, loads and caches, and questions that any of them can answer."""
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
@@ -20,12 +21,19 @@ _RELAYED = {
 }
 
 
+FindRequest = Callable[[str], Awaitable[list[tuple[str, str]]]]
+"""(worker id, the request's name there) of the running requests that the argument names."""
+
+
 class FleetApi:
     """`clock`: CLOCK_MONOTONIC in ns."""
 
-    def __init__(self, registry: Registry, client: WorkerClient, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, registry: Registry, client: WorkerClient, find_request: FindRequest, clock: Callable[[], int]
+    ) -> None:
         self._registry = registry
         self._client = client
+        self._find_request = find_request
         self._clock = clock
 
     def routes(self) -> list[web.RouteDef]:
@@ -33,6 +41,7 @@ class FleetApi:
             web.get("/v1/models", self.models),
             web.get("/get_loads", self.loads),
             web.post("/flush_cache", self.flush),
+            web.post("/abort_request", self.abort),
             *(web.get(path, self.relay) for path in _RELAYED),
         ]
 
@@ -70,6 +79,35 @@ class FleetApi:
         answer = {"status": "partial_success", "message": message, "successful": successful, "failed": failed}
         return web.json_response(answer | counts, status=206)
 
+    async def abort(self, request: web.Request) -> web.Response:
+        """`{"rid"}` or `{"abort_all": true}`, as SGLang takes it: to the worker that has the request; if none is known
+        to, to all, since a rid may be the beginning of several there."""
+        try:
+            given = json.loads(await request.read())
+            rid, everything = given.get("rid"), given.get("abort_all", False)
+        except (ValueError, AttributeError):
+            return refuse(ErrorCode.INVALID_REQUEST, 'the body must be an object like {"rid": "..."}')
+        if not isinstance(everything, bool) or not isinstance(rid, str | None) or not (rid or everything):
+            return refuse(ErrorCode.INVALID_REQUEST, "rid: must name a request, or abort_all must be true", "rid")
+        asked: list[tuple[Worker, dict[str, Any]]] = []
+        if rid and not everything:
+            for worker_id, name in await self._find_request(rid):
+                worker = self._registry.worker(worker_id)
+                if worker is not None:
+                    asked.append((worker, given | {"rid": name}))
+        if not asked:
+            asked = [(worker, given) for worker in self._registry]
+        failures = await asyncio.gather(*(self._abort(worker, body) for worker, body in asked))
+        told = [worker.spec.url for (worker, _), text in zip(asked, failures, strict=True) if text is None]
+        failed = [
+            {"worker": worker.spec.url, "error": text}
+            for (worker, _), text in zip(asked, failures, strict=True)
+            if text is not None
+        ]
+        if failed and not told:
+            return refuse(ErrorCode.UPSTREAM_NO_ANSWER, f"No worker was told to abort: {failed[0]['error']}")
+        return web.json_response({"status": "partial_success" if failed else "success", "told": told, "failed": failed})
+
     async def relay(self, request: web.Request) -> web.Response:
         """The answer of the first ready worker that answers at all."""
         reason = "no worker is ready"
@@ -87,6 +125,14 @@ class FleetApi:
                     return respond(answer.status_code, headers, answer.content)
                 reason = f"{worker.spec.url} does not know {request.path}"
         return refuse(ErrorCode.NO_AVAILABLE_WORKERS, f"{request.path} cannot be answered: {reason}")
+
+    async def _abort(self, worker: Worker, body: dict[str, Any]) -> str | None:
+        """None: done; else why not."""
+        try:
+            await self._client.abort(worker, body)
+        except WorkerUnreachable as error:
+            return str(error)
+        return None
 
     async def _flush(self, worker: Worker) -> str | None:
         """None: done; else why not."""

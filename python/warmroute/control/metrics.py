@@ -12,11 +12,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from warmroute._core import Core, Endpoint, RequestSeries
+from warmroute._core import Core, Counters, Endpoint, RequestSeries
+from warmroute.config import RouterConfig
+from warmroute.control.data_metrics import BOUNDS, data_metrics
+from warmroute.control.http_counts import HttpCounts
 from warmroute.control.prober import Prober
 from warmroute.control.worker_metrics import worker_metrics
 from warmroute.control.workers import Registry
-from warmroute.http_counts import HttpCounts
 
 _ENDPOINTS = {Endpoint.CHAT: "chat", Endpoint.COMPLETIONS: "completions", Endpoint.GENERATE: "generate"}
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "generate": "/generate"}
@@ -48,34 +50,41 @@ class RouterCollector(Collector):
         registry: Registry,
         prober: Prober,
         counts: HttpCounts,
-        duration_buckets: Sequence[float],
+        config: RouterConfig,
     ) -> None:
         self._core = core
         self._registry = registry
         self._prober = prober
         self._counts = counts
-        self._bounds = [*map(_bound, duration_buckets), "+Inf"]
+        self._is_limited = config.is_limited
+        self._bounds = [*map(_bound, config.prometheus_duration_buckets), "+Inf"]
 
     def collect(self) -> Iterator[Metric]:
         series = self._core.series()
         yield from self._requests(series)
-        yield from self._http(series)
-        yield from self._admission()
+        counters = self._core.counters()
+        yield from self._http(series, counters)
+        yield from data_metrics(self._core, counters)
+        if self._is_limited:
+            yield from self._admission()
         yield self._shadow()
-        yield self._durations(
+        yield _histogram(
             "smg_router_request_duration_seconds",
             "From the request's arrival to the end of its response",
             _ROUTER,
             _ROUTER_VALUES,
+            self._bounds,
             [(_key(s), s.duration_buckets, s.duration_sum_ns) for s in series],
         )
-        yield self._durations(
+        yield _histogram(
             "smg_router_ttft_seconds",
             "From the request's arrival to the first byte of its response (with streaming: the first token)",
             _ROUTER[:2],
             _ROUTER_VALUES[:2],
+            self._bounds,
             [(_key(s), s.first_byte_buckets, s.first_byte_sum_ns) for s in series],
         )
+        yield from self._chunks(series)
         checks = CounterMetricFamily(
             "smg_worker_health_checks", "Probes of workers by result", labels=("worker_type", "result")
         )
@@ -129,10 +138,14 @@ class RouterCollector(Collector):
         decisions.add_metric(("false",), differed)
         return decisions
 
-    def _http(self, series: Iterable[RequestSeries]) -> Iterator[Metric]:
+    def _http(self, series: Iterable[RequestSeries], counters: Counters) -> Iterator[Metric]:
         """Routed requests as the core counted them, the others as whoever answered them did."""
         asked: defaultdict[tuple[str, str], int] = defaultdict(int, self._counts.requests)
         answered: defaultdict[tuple[int, str], int] = defaultdict(int, self._counts.responses)
+        for method, path, count in counters.http_requests:
+            asked[method, path] += count
+        for status, path, count in counters.http_responses:
+            answered[status, path] += count
         for one in series:
             path = _PATHS[_ENDPOINTS[one.endpoint]]
             asked["POST", path] += one.accepted
@@ -147,9 +160,7 @@ class RouterCollector(Collector):
         yield from (requests, responses)
 
     def _admission(self) -> Iterator[Metric]:
-        if self._counts.admission is None:
-            return
-        running, waiting, let_in, rejected = self._counts.admission()
+        running, waiting, let_in, rejected = self._core.admission()
         limited = CounterMetricFamily(
             "smg_http_rate_limit", "Requests that the limits let in, or refused (429, 408)", labels=("result",)
         )
@@ -159,26 +170,46 @@ class RouterCollector(Collector):
         yield GaugeMetricFamily("smg_admission_inflight", "Requests that count against the limit", value=running)
         yield GaugeMetricFamily("smg_admission_queue_depth", "Requests that wait for their turn", value=waiting)
 
-    def _durations(
-        self,
-        name: str,
-        text: str,
-        labels: tuple[str, ...],
-        values: tuple[str, ...],
-        parts: Iterable[tuple[tuple[str, str], Sequence[int], int]],
-    ) -> Metric:
-        """A histogram by model and endpoint; `parts`: key, counts per bucket, sum in ns."""
-        counts: dict[tuple[str, str], list[int]] = {}
-        sums: defaultdict[tuple[str, str], int] = defaultdict(int)
-        for key, buckets, sum_ns in parts:
-            known = counts.get(key)
-            counts[key] = list(buckets) if known is None else [a + b for a, b in zip(known, buckets, strict=True)]
-            sums[key] += sum_ns
-        family = HistogramMetricFamily(name, text, labels=(*labels, "model", "endpoint"))
-        for key, buckets in counts.items():
-            cumulative = list(zip(self._bounds, map(float, accumulate(buckets)), strict=True))
-            family.add_metric((*values, *key), cumulative, sums[key] / 1e9)
-        return family
+    def _chunks(self, series: Sequence[RequestSeries]) -> Iterator[Metric]:
+        chunks: defaultdict[tuple[str, str], int] = defaultdict(int)
+        for one in series:
+            chunks[_key(one)] += one.chunks
+        family = CounterMetricFamily(
+            "warmroute_response_chunks", "Pieces in which answers came", labels=("model", "endpoint")
+        )
+        for key, count in chunks.items():
+            family.add_metric(key, count)
+        yield family
+        yield _histogram(
+            "warmroute_chunk_gap_seconds",
+            "Between two pieces of an answer",
+            (),
+            (),
+            BOUNDS,
+            [(_key(s), s.gap_buckets, s.gap_sum_ns) for s in series],
+        )
+
+
+def _histogram(
+    name: str,
+    text: str,
+    labels: tuple[str, ...],
+    values: tuple[str, ...],
+    bounds: Sequence[str],
+    parts: Iterable[tuple[tuple[str, str], Sequence[int], int]],
+) -> Metric:
+    """A histogram by model and endpoint; `parts`: key, counts per bucket, sum in ns."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    sums: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for key, buckets, sum_ns in parts:
+        known = counts.get(key)
+        counts[key] = list(buckets) if known is None else [a + b for a, b in zip(known, buckets, strict=True)]
+        sums[key] += sum_ns
+    family = HistogramMetricFamily(name, text, labels=(*labels, "model", "endpoint"))
+    for key, buckets in counts.items():
+        cumulative = list(zip(bounds, map(float, accumulate(buckets)), strict=True))
+        family.add_metric((*values, *key), cumulative, sums[key] / 1e9)
+    return family
 
 
 def _key(one: RequestSeries) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from warmroute.control.workers import Worker
 _KEEP_ALIVE_SECONDS: Final = 4.0
 _LOAD_TIMEOUT_SECONDS: Final = 2.0
 _FLUSH_TIMEOUT_SECONDS: Final = 30.0
+_ABORT_TIMEOUT_SECONDS: Final = 5.0
 _RELAY_TIMEOUT_SECONDS: Final = 10.0
 
 
@@ -77,6 +78,12 @@ class WorkerClient:
         if not response.is_success:
             raise WorkerUnreachable(f"answered {response.status_code}: {response.text[:200]}")
 
+    async def abort(self, worker: Worker, body: dict[str, Any]) -> None:
+        """Raises WorkerUnreachable when it did not take the request to abort."""
+        response = await self._send(worker, "POST", "/abort_request", _ABORT_TIMEOUT_SECONDS, body)
+        if not response.is_success:
+            raise WorkerUnreachable(f"POST /abort_request answered {response.status_code}")
+
     async def relay(self, worker: Worker, path: str) -> httpx.Response:
         """GET, for an answer that is passed on. Raises WorkerUnreachable."""
         return await self._send(worker, "GET", path, _RELAY_TIMEOUT_SECONDS)
@@ -95,7 +102,9 @@ class WorkerClient:
                 return answer
         return None
 
-    async def _send(self, worker: Worker, method: str, path: str, timeout_seconds: float) -> httpx.Response:
+    async def _send(
+        self, worker: Worker, method: str, path: str, timeout_seconds: float, body: object = None
+    ) -> httpx.Response:
         """One exchange, read whole, with the worker's credential. Raises WorkerUnreachable."""
         headers = {}
         if worker.address.authorization is not None:
@@ -103,7 +112,7 @@ class WorkerClient:
         for attempt in (1, 2):
             try:
                 async with asyncio.timeout(timeout_seconds):
-                    return await self._http.request(method, worker.address.url + path, headers=headers)
+                    return await self._http.request(method, worker.address.url + path, headers=headers, json=body)
             except TimeoutError:
                 raise WorkerUnreachable(f"{method} {path}: no answer within {timeout_seconds:g} s") from None
             except httpx.ConnectError as error:

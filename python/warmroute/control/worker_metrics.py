@@ -29,6 +29,10 @@ _COUNTERS = {
     "warmroute_reported_cached_tokens": "Of these, how many the worker found in its cache",
     "warmroute_predicted_cached_tokens": "Of these, how many the router expected there",
     "warmroute_completion_tokens": "Tokens generated",
+    "warmroute_worker_connects": "Requests sent on a new connection",
+    "warmroute_worker_connection_reuses": "Requests sent on a connection that had been used before",
+    "warmroute_worker_request_bytes": "Bytes of bodies sent to it",
+    "warmroute_worker_response_bytes": "Bytes of bodies that it answered",
 }
 
 
@@ -77,6 +81,10 @@ def _values(registry: Registry, workers: list[Worker]) -> dict[str, float]:
         "warmroute_reported_cached_tokens": sum(t.reported_cached_tokens for t in targets),
         "warmroute_predicted_cached_tokens": sum(t.predicted_cached_tokens for t in targets),
         "warmroute_completion_tokens": sum(t.completion_tokens for t in targets),
+        "warmroute_worker_connects": sum(t.connects for t in targets),
+        "warmroute_worker_connection_reuses": sum(t.reuses for t in targets),
+        "warmroute_worker_request_bytes": sum(t.request_bytes for t in targets),
+        "warmroute_worker_response_bytes": sum(t.response_bytes for t in targets),
     }
 
 

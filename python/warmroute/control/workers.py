@@ -164,6 +164,19 @@ class Registry:
         for head in left:
             self._core.remove_worker(head)
 
+    def resume(self, workers: Iterable[Worker]) -> None:
+        """Workers as the control plane before this one knew them: the core has them, and the directory gets them."""
+        for worker in workers:
+            self._workers[worker.worker_id] = worker
+            if worker.slots and worker.facts is not None:
+                incarnations = [target.incarnation for target in self.targets(worker)]
+                self._directory.put(worker.slots, worker.address, worker.facts.models, incarnations)
+        self._directory.publish()
+
+    def publish(self) -> None:
+        """Tell the other processes who has gone; who has come they know already."""
+        self._directory.publish()
+
     def records(self, router_key: str | None) -> list[Record]:
         """Of everybody but those that are leaving."""
 
@@ -198,7 +211,10 @@ class Registry:
                 self._core.update_worker(worker.head, facts.models, facts.kv_capacity_tokens, asked, now_ns)
             if worker.lost:
                 self.forget_cache(worker, now_ns)
-        self._directory.put(worker.slots, worker.address, facts.models)
+        incarnations = [target.incarnation for target in self.targets(worker)]
+        self._directory.put(worker.slots, worker.address, facts.models, incarnations)
+        # Before a probe can make it ready: whoever is told one of its slots must find it.
+        self._directory.publish()
         if facts != worker.facts:
             log.info(
                 "worker %s: serves %s (%s), %d ranks with %d KV tokens each",

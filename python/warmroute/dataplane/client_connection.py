@@ -13,7 +13,6 @@ from warmroute._core import BadHead, ChunkDecoder, Route
 from warmroute.dataplane.exchange import ControlExchange
 from warmroute.dataplane.routed_exchange import RoutedExchange
 from warmroute.errors import ErrorCode, http_error
-from warmroute.http_counts import HttpCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 # A client that pipelines may be this far ahead of the answers before it is made to wait.
 MAX_AHEAD_BYTES = 256 * 1024
+OTHER = "other"
+"""What counts for methods and paths that clients may have invented."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 # After an answer to a request that was not read whole: how long its sender may go on before the connection is cut, so
@@ -57,10 +58,13 @@ class ClientConnection(asyncio.Protocol):
         "_decoder",
         "_discarding",
         "_exchange",
+        "_has_asked",
         "_head",
         "_paused_reading",
         "_plane",
+        "_since_ns",
         "_transport",
+        "came_late",
         "keep_alive",
         "may_keep_alive",
         "write",
@@ -80,6 +84,11 @@ class ClientConnection(asyncio.Protocol):
         self._decoder: ChunkDecoder | None = None
         self._discarding = False
         self._paused_reading = False
+        self.came_late = plane.is_draining
+        """It was accepted when the router was going away already."""
+        self._has_asked = False
+        self._since_ns = plane.second_ns
+        """When what it waits for began: the next request, the rest of a head, the next bytes of a body."""
         self.may_keep_alive = True
         self.keep_alive = True
 
@@ -100,7 +109,11 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
         self.write = self._transport.write
-        self._plane.connections.add(self)
+        plane = self._plane
+        if len(plane.connections) >= plane.max_connections:
+            self._refuse(503, f"The router has {plane.max_connections} connections, no more", ErrorCode.ROUTER_BUSY)
+            return
+        plane.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self._discarding:
@@ -111,6 +124,8 @@ class ClientConnection(asyncio.Protocol):
         self._buffer = self._buffer + data if self._buffer else data
         if self._exchange is None:
             self._advance()
+            if self._buffer and self._exchange is None and len(self._buffer) == len(data):
+                self._since_ns = self._plane.second_ns  # the first bytes of a head
         elif len(self._buffer) > MAX_AHEAD_BYTES and not self._paused_reading:
             self._paused_reading = True
             self._transport.pause_reading()
@@ -125,8 +140,24 @@ class ClientConnection(asyncio.Protocol):
             self._exchange = None
             exchange.cancel()
         self._buffer = b""
-        self._body_parts.clear()
+        self._forget_parts()
         self._discarding = True
+
+    def check_time(self, now_ns: int) -> None:
+        """Once a second: is the client too slow?"""
+        if self._exchange is not None or self._discarding:
+            return
+        times = self._plane.times
+        waited_ns = now_ns - self._since_ns
+        if self._head is not None:
+            if waited_ns >= times.body_ns:
+                seconds = times.body_ns / 1e9
+                self._refuse(408, f"No byte of the body came for {seconds:g} s", ErrorCode.BODY_TIMEOUT)
+        elif self._buffer:
+            if waited_ns >= times.header_ns:
+                self._refuse(408, f"The head of the request was not complete after {times.header_ns / 1e9:g} s")
+        elif waited_ns >= (times.client_idle_ns if self._has_asked else times.header_ns):
+            self._transport.close()
 
     def pause_writing(self) -> None:
         if self._exchange is not None:
@@ -144,6 +175,7 @@ class ClientConnection(asyncio.Protocol):
         if not self.keep_alive or self._plane.is_draining:
             self._transport.close()
             return
+        self._since_ns = self._plane.second_ns
         if self._paused_reading:
             self._paused_reading = False
             self._transport.resume_reading()
@@ -205,6 +237,8 @@ class ClientConnection(asyncio.Protocol):
                     self._dispatch(head, body)
                     continue
                 self._body_missing = length
+            if not self._has_room(head):
+                return
             self._head = head
             self._buffer = b""
             if head.expect_continue and len(buffer) == size:
@@ -221,31 +255,55 @@ class ClientConnection(asyncio.Protocol):
             except BadHead as error:
                 self._refuse(*error.args)
                 return
-            self._body_parts.append(decoded)
+            self._keep_part(decoded)
             if end < 0:
+                self._has_room(head)
                 return
             self._decoder = None
         else:
             end = min(self._body_missing, len(data))
-            self._body_parts.append(data if end == len(data) else data[:end])
+            self._keep_part(data if end == len(data) else data[:end])
             self._body_missing -= end
             if self._body_missing:
+                self._has_room(head)
                 return
         body = b"".join(self._body_parts)
-        self._body_parts.clear()
+        self._forget_parts()
         self._head = None
         self._buffer = data[end:]
         self._dispatch(head, body)
         if self._buffer and self._exchange is None:
             self._advance()
 
+    def _keep_part(self, part: bytes) -> None:
+        self._since_ns = self._plane.second_ns
+        self._body_parts.append(part)
+        self._plane.buffered_bytes += len(part)
+
+    def _forget_parts(self) -> None:
+        if self._body_parts:
+            self._plane.buffered_bytes -= sum(map(len, self._body_parts))
+            self._body_parts.clear()
+
+    def _has_room(self, head: RequestHead) -> bool:
+        """For more of its body; if there is none, the request is refused."""
+        plane = self._plane
+        if plane.buffered_bytes <= plane.max_buffered_bytes:
+            return True
+        self._refuse(503, "The router holds as many bytes of requests as it may; try again", ErrorCode.ROUTER_BUSY)
+        return False
+
     def _dispatch(self, head: RequestHead, body: bytes) -> None:
         plane = self._plane
+        self._has_asked = True
         if plane.api_key is not None and not plane.may_enter(head):
             self._answer_unasked(head, ErrorCode.UNAUTHORIZED, "A valid API key is needed: authorization: Bearer ...")
             return
         now_ns = monotonic_ns()
         if head.is_routed:
+            if self.came_late:
+                self._answer_unasked(head, ErrorCode.SHUTTING_DOWN, "The router is going away; ask another one")
+                return
             routed = RoutedExchange(plane, self, head, body, now_ns)
             self._exchange = routed
             routed.start(now_ns)
@@ -258,15 +316,14 @@ class ClientConnection(asyncio.Protocol):
             control.start()
         else:
             status, content_type, content = plane.probe(head.route)
-            plane.counts.count(head.method, head.path.decode(), status)
+            plane.core.count_http(head.method, head.path.decode(), status)
             self._respond(status, (("content-type", content_type),), content, b"")
             self.exchange_ended()
 
     def _answer_unasked(self, head: RequestHead, code: ErrorCode, message: str) -> None:
         """Refuse what neither the core nor the control app gets to see, and count it in their place."""
-        method = head.method if head.method in METHODS else HttpCounts.OTHER
-        path = head.path.decode() if head.is_routed else HttpCounts.OTHER
-        self._plane.counts.count(method, path, code.status)
+        path = head.path.decode() if head.is_routed else OTHER
+        self._plane.core.count_http(head.method, path, code.status)
         self.answer_error(code, message, head.request_id or self._plane.new_request_id())
 
     def _respond(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes, request_id: bytes) -> None:
@@ -281,15 +338,15 @@ class ClientConnection(asyncio.Protocol):
         lines.append(body)
         self.write(b"".join(lines))
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, status: int, message: str, code: ErrorCode | None = None) -> None:
         """A request that cannot be read on: answer, let the sender finish for a moment, close."""
         self.keep_alive = False
         self._discarding = True
         self._head = None
         self._decoder = None
         self._buffer = b""
-        self._body_parts.clear()
-        self._plane.counts.count(HttpCounts.OTHER, HttpCounts.OTHER, status)
-        self._respond(*http_error(ErrorCode.of_status(status), message), self._plane.new_request_id())
+        self._forget_parts()
+        self._plane.core.count_http(OTHER, OTHER, status)
+        self._respond(*http_error(code or ErrorCode.of_status(status), message), self._plane.new_request_id())
         self._transport.write_eof()
         self._plane.loop.call_later(LINGER_SECONDS, self._transport.close)

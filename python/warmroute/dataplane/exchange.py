@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from warmroute._core import RequestHead, ResponseHead
     from warmroute.dataplane.client_connection import ClientConnection
     from warmroute.dataplane.plane import DataPlane
-    from warmroute.dataplane.pool import Pool
+    from warmroute.dataplane.pool import ConnectFailure, Pool
     from warmroute.dataplane.worker_connection import WorkerConnection
 
 
@@ -52,7 +52,7 @@ class Exchange:
         self._connection: WorkerConnection | None = None
         self._decoder: ChunkDecoder | None = None
         self._may_resend = True
-        self.deadline_ns = now_ns + plane.request_timeout_ns
+        self.deadline_ns = now_ns + plane.times.request_ns
         self.first_byte_ns = -1
         self.is_over = False
         self.request_id = head.request_id or plane.new_request_id()
@@ -63,7 +63,7 @@ class Exchange:
     def connected(self, connection: WorkerConnection) -> None:
         raise NotImplementedError
 
-    def connect_failed(self, reason: str) -> None:
+    def connect_failed(self, reason: str, failure: ConnectFailure) -> None:
         raise NotImplementedError
 
     def not_answered(self, reason: str, *, stale: bool) -> None:
@@ -93,7 +93,13 @@ class Exchange:
         """The client is gone. Synchronous, so the worker learns of it in this turn of the loop."""
         raise NotImplementedError
 
+    def check_time(self, now_ns: int) -> None:
+        """Once a second: end it if something takes too long."""
+        if self.deadline_ns <= now_ns:
+            self.timed_out()
+
     def timed_out(self) -> None:
+        """The whole took too long."""
         raise NotImplementedError
 
     def pause(self) -> None:
@@ -164,7 +170,7 @@ class Exchange:
     def _over(self) -> None:
         self.is_over = True
         self._connection = None
-        self._plane.ended(self)
+        self._plane.ended(self, len(self._body))
 
 
 class ControlExchange(Exchange):
@@ -178,7 +184,7 @@ class ControlExchange(Exchange):
         self._pool = plane.control_pool
 
     def start(self) -> None:
-        self._plane.began(self)
+        self._plane.began(self, len(self._body))
         self._pool.assign(self)
 
     def connected(self, connection: WorkerConnection) -> None:
@@ -186,9 +192,13 @@ class ControlExchange(Exchange):
         length = len(self._body) if self._body or self._head.content_length >= 0 or self._head.chunked else -1
         connection.send(self, self._head.to_control(length), self._body)
 
-    def connect_failed(self, reason: str) -> None:
+    def connect_failed(self, reason: str, failure: ConnectFailure) -> None:
         if not self.is_over:
             self._unanswered(reason)
+
+    def not_answered(self, reason: str, *, stale: bool) -> None:
+        # The control app answers whatever it has read; without an answer its process has been replaced (SIGHUP).
+        super().not_answered(reason, stale=True)
 
     def _unanswered(self, reason: str) -> None:
         self._over()

@@ -6,6 +6,8 @@ The pool owns the idle list and the connects under way; a connection in use belo
 from __future__ import annotations
 
 import asyncio
+import enum
+import errno
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
@@ -20,19 +22,31 @@ if TYPE_CHECKING:
     Connect = Callable[[Callable[[], asyncio.Protocol]], Awaitable[object]]
     """Opens one connection whose protocol the argument makes."""
 
-CONNECT_TIMEOUT_SECONDS = 5.0
 # Servers close idle connections after 5 s (uvicorn) or more. Their close is seen as it comes and the race is covered by
 # one free re-send, so this only bounds how long sockets of a quiet fleet stay open.
 IDLE_NS = 60 * 10**9
+
+# Not the worker's: this process has too many files open, this host too few ports or too little memory.
+_OUR_FAULTS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+
+
+class ConnectFailure(enum.Enum):
+    REFUSED = "refused"
+    """Or unreachable, or whatever else says that nobody can be had there."""
+    TIMED_OUT = "timed_out"
+    NO_RESOURCES = "no_resources"
+    """Of the router itself."""
 
 
 class Pool:
     """All connections to one worker, or to the control app."""
 
-    __slots__ = ("_connect", "_connecting", "_idle", "parser")
+    __slots__ = ("_connect", "_connect_seconds", "_connecting", "_idle", "parser")
 
-    def __init__(self, connect: Connect, parser: HeadParser) -> None:
+    def __init__(self, connect: Connect, parser: HeadParser, connect_seconds: float) -> None:
+        """`connect_seconds`: how long a connect may take."""
         self._connect = connect
+        self._connect_seconds = connect_seconds
         self.parser = parser
         self._idle: list[WorkerConnection] = []
         self._connecting: set[asyncio.Task[None]] = set()
@@ -79,12 +93,15 @@ class Pool:
     async def _open(self, exchange: Exchange) -> None:
         connection = WorkerConnection(self)
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            async with asyncio.timeout(self._connect_seconds):
                 await self._connect(lambda: connection)
         except TimeoutError:
-            exchange.connect_failed(f"no connection within {CONNECT_TIMEOUT_SECONDS:g} s")
+            exchange.connect_failed(f"no connection within {self._connect_seconds:g} s", ConnectFailure.TIMED_OUT)
         except OSError as error:
-            exchange.connect_failed(error.strerror or str(error))
+            ours = error.errno in _OUR_FAULTS
+            exchange.connect_failed(
+                error.strerror or str(error), ConnectFailure.NO_RESOURCES if ours else ConnectFailure.REFUSED
+            )
         else:
             if exchange.is_over:  # cancelled meanwhile: the connection is as good as new
                 self.give_back(connection, monotonic_ns())

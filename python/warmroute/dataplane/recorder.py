@@ -9,22 +9,20 @@ import json
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from warmroute.dataplane.line_file import LineFile
 
+if TYPE_CHECKING:
     from warmroute._core import Lease, RoutedRequest
     from warmroute.directory import WorkerAddress
-
-# Lines wait here before they are written: a decision must not wait for a disk.
-_BUFFER_BYTES = 1 << 18
 
 
 class DecisionRecorder:
     """Appends to a file. Raises OSError when it cannot be opened."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=_BUFFER_BYTES, encoding="ascii")
-        self._start_ns = monotonic_ns()
+    def __init__(self, path: str, start_ns: int) -> None:
+        """`start_ns`: the zero of its times, the same in all processes of a router."""
+        self._file = LineFile(path)
+        self._start_ns = start_ns
 
     def record(
         self,
@@ -54,7 +52,7 @@ class DecisionRecorder:
             "predicted_cached_tokens": lease.predicted_cached_tokens,
             "blocks": request.blocks(),
         }
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.write(json.dumps(line, separators=(",", ":")))
 
     def close(self) -> None:
         self._file.close()

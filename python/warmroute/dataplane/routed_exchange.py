@@ -11,8 +11,10 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from warmroute._core import BadRequest, OutcomeKind, RegionBusy, UnknownModel
+from warmroute.dataplane.access_log import Entry
 from warmroute.dataplane.admission import QueueFull
 from warmroute.dataplane.exchange import Exchange
+from warmroute.dataplane.pool import ConnectFailure
 from warmroute.errors import ErrorCode, stream_error
 from warmroute.retry import RETRYABLE_STATUSES, Failure, Retries
 
@@ -43,15 +45,18 @@ OUTCOME_NAMES = {
 class RoutedExchange(Exchange):
     __slots__ = (
         "_address",
+        "_attempts",
         "_failure",
         "_held",
         "_held_head",
         "_is_admitted",
         "_lease",
+        "_not_before_ns",
         "_request",
         "_retries",
         "_selected_ns",
         "_timer",
+        "_tokens",
     )
 
     _address: WorkerAddress
@@ -60,6 +65,9 @@ class RoutedExchange(Exchange):
 
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
         super().__init__(plane, client, head, body, now_ns)
+        self._attempts = 0
+        self._not_before_ns = 0
+        self._tokens = (-1, -1, -1)
         self._lease: Lease | None = None
         self._is_admitted = False
         self._retries: Retries | None = None
@@ -67,6 +75,15 @@ class RoutedExchange(Exchange):
         self._held: list[bytes] | None = None  # body of an answer that may still be replaced by another worker's
         self._held_head: ResponseHead | None = None
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def worker_id(self) -> str | None:
+        """Who has it now."""
+        return self._address.worker_id if self._lease is not None else None
+
+    @property
+    def rid(self) -> str | None:
+        return self._request.rid
 
     def start(self, now_ns: int) -> None:
         head = self._head
@@ -77,13 +94,15 @@ class RoutedExchange(Exchange):
             self.is_over = True
             self._client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
             return
-        self._plane.began(self)
+        self._plane.began(self, len(self._body))
         admission = self._plane.admission
         try:
             if admission is None or admission.enter(self, now_ns):
                 self.admitted(now_ns)
         except QueueFull:
             self._answer_error(ErrorCode.QUEUE_FULL, "Too many requests are running and waiting; try again")
+        except RegionBusy:
+            self._answer_error(ErrorCode.ROUTER_BUSY, "The router is overloaded; try again")
 
     # -- what admission tells
 
@@ -104,6 +123,9 @@ class RoutedExchange(Exchange):
                 self._plane.decision_log.sample(self._request, self.request_id, now_ns)
             lease = self._plane.core.select(self._request, now_ns, False)
             if lease is None and allow_failed:
+                if self._not_before_ns > now_ns:
+                    self._wait_for_the_failed(now_ns)
+                    return
                 lease = self._plane.core.select(self._request, now_ns, True)
         except UnknownModel:
             self._answer_error(
@@ -111,15 +133,20 @@ class RoutedExchange(Exchange):
             )
             return
         except RegionBusy:
-            self._answer_error(ErrorCode.NO_AVAILABLE_WORKERS, "The router is overloaded; try again")
+            self._answer_error(ErrorCode.ROUTER_BUSY, "The router is overloaded; try again")
             return
-        address = None if lease is None else self._plane.directory.address(lease.slot)
-        if lease is None or address is None:
+        if lease is None:
             self._nobody(now_ns)
+            return
+        address = self._plane.directory.address(lease.slot, lease.incarnation)
+        if address is None:  # the worker left between the two calls
+            lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, now_ns)
+            self._failed(Failure.NOT_SENT, ErrorCode.NO_AVAILABLE_WORKERS, "The worker was removed; try again")
             return
         self._lease = lease
         self._selected_ns = now_ns
         self._address = address
+        self._attempts += 1
         self._may_resend = True
         self._pool = self._plane.pool(address)
         self._pool.assign(self)
@@ -161,10 +188,18 @@ class RoutedExchange(Exchange):
         self._timer = None
         self._attempt(monotonic_ns(), allow_failed=allow_failed)
 
+    def _wait_for_the_failed(self, now_ns: int) -> None:
+        """Nobody else is left, and a worker has said (`Retry-After`) that it will not answer before."""
+        seconds = (self._not_before_ns - now_ns) / 1e9
+        if seconds > self._plane.retry_policy.max_backoff_seconds:
+            self._give_up()
+        else:
+            self._later(seconds, allow_failed=True)
+
     def _give_up(self) -> None:
         if self._held_head is not None:  # the last answer a worker gave, as it gave it
             body = b"".join(self._held or ())
-            self._relay(self._held_head, body, monotonic_ns())
+            self._commit(self._held_head, body, monotonic_ns())
             self._end_relay()
             self._finish(self._held_head.status)
             self._client.exchange_ended()
@@ -189,21 +224,25 @@ class RoutedExchange(Exchange):
         )
         connection.send(self, head, body)
 
-    def connect_failed(self, reason: str) -> None:
+    def connect_failed(self, reason: str, failure: ConnectFailure) -> None:
         if self.is_over:
             return
+        if failure is ConnectFailure.NO_RESOURCES:  # says nothing about the worker
+            log.error("request %s: the router cannot connect: %s", self.request_id.decode(), reason)
+            self._release(OutcomeKind.CANCELLED, 0, None)
+            self._answer_error(ErrorCode.ROUTER_BUSY, f"The router cannot connect to workers now: {reason}")
+            return
         self._release(OutcomeKind.CONNECT_FAILED if self._may_resend else OutcomeKind.NO_ANSWER, 0, None)
-        message = f"Cannot connect to the worker: {reason}"
-        if self._may_resend:
-            self._failed(Failure.NOT_SENT, ErrorCode.UPSTREAM_CONNECT_FAILED, message)
-        else:
-            # What looked like a stale connection was a worker that died with the request in its hands.
-            self._failed(Failure.NO_ANSWER, ErrorCode.UPSTREAM_CONNECT_FAILED, message)
+        timed_out = failure is ConnectFailure.TIMED_OUT
+        code = ErrorCode.UPSTREAM_CONNECT_TIMEOUT if timed_out else ErrorCode.UPSTREAM_CONNECT_FAILED
+        # Otherwise what looked like a stale connection was a worker that died with the request in its hands.
+        sent = Failure.NOT_SENT if self._may_resend else Failure.NO_ANSWER
+        self._failed(sent, code, f"Cannot connect to the worker: {reason}")
 
-    def _unanswered(self, reason: str) -> None:
+    def _unanswered(self, reason: str, code: ErrorCode = ErrorCode.UPSTREAM_NO_ANSWER) -> None:
         self._connection = None
         self._release(OutcomeKind.NO_ANSWER, 0, None)
-        self._failed(Failure.NO_ANSWER, ErrorCode.UPSTREAM_NO_ANSWER, f"The worker did not answer: {reason}")
+        self._failed(Failure.NO_ANSWER, code, f"The worker did not answer: {reason}")
 
     def response_began(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
         if (
@@ -216,6 +255,12 @@ class RoutedExchange(Exchange):
             return self._hold
         self._held_head = None
         self._held = None
+        return self._commit(head, rest, now_ns)
+
+    def _commit(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
+        """It will not be sent again: a long stream needs no prompt."""
+        self._plane.forget_body(len(self._body))
+        self._body = b""
         return self._relay(head, rest, now_ns)
 
     def _hold(self, data: bytes) -> None:
@@ -230,6 +275,8 @@ class RoutedExchange(Exchange):
         held_head = self._held_head
         if held_head is not None and self.response is None:
             self._release(OutcomeKind.ANSWERED, held_head.status, connection)
+            if held_head.retry_after_seconds > 0:
+                self._not_before_ns = monotonic_ns() + held_head.retry_after_seconds * 10**9
             self._failed(Failure.BAD_STATUS, ErrorCode.UPSTREAM_ERROR, f"The worker answered with {held_head.status}")
             return
         assert self.response is not None
@@ -270,18 +317,38 @@ class RoutedExchange(Exchange):
         self._drop_attempt(OutcomeKind.CANCELLED)
         self._finish(CLIENT_CLOSED_REQUEST)
 
+    def check_time(self, now_ns: int) -> None:
+        times = self._plane.times
+        connection = self._connection
+        if self.deadline_ns <= now_ns:
+            self.timed_out()
+        elif connection is None:
+            return
+        elif self.response is None and self._held_head is None:
+            if now_ns - self._selected_ns >= times.first_byte_ns:
+                connection.abort()
+                reason = f"not a byte within {times.first_byte_ns / 1e9:g} s"
+                self._unanswered(reason, ErrorCode.UPSTREAM_FIRST_BYTE_TIMEOUT)
+        elif connection.silent_ns(now_ns) >= times.stream_idle_ns:
+            message = f"The worker's answer stopped for {times.stream_idle_ns / 1e9:g} s"
+            self._end_late(ErrorCode.UPSTREAM_STALLED, message)
+
     def timed_out(self) -> None:
         if not self._is_admitted:
             self.waited_too_long()
             return
+        self._end_late(
+            ErrorCode.UPSTREAM_TIMEOUT, f"The worker took longer than {self._plane.times.request_ns / 1e9:g} s"
+        )
+
+    def _end_late(self, code: ErrorCode, message: str) -> None:
         connection = self._connection
-        message = f"The worker took longer than {self._plane.request_timeout_ns / 1e9:g} s"
         began = self.response is not None
         self._drop_attempt(OutcomeKind.BROKEN_STREAM if began else OutcomeKind.NO_ANSWER)
         if began and connection is not None:
-            self._break_off(connection, ErrorCode.UPSTREAM_TIMEOUT, message)
+            self._break_off(connection, code, message)
         else:
-            self._answer_error(ErrorCode.UPSTREAM_TIMEOUT, message)
+            self._answer_error(code, message)
 
     def _drop_attempt(self, kind: OutcomeKind) -> None:
         if self._timer is not None:
@@ -302,29 +369,56 @@ class RoutedExchange(Exchange):
             return
         self._lease = None
         prompt = completion = cached = -1
-        chunks = gap_ns = 0
+        reader = reused = None
         if connection is not None:
             head = self.response or self._held_head
-            prompt, completion, cached = connection.reader.usage()
+            reader, reused = connection.reader, connection.is_reused
+            prompt, completion, cached = reader.usage()
             if head is not None and head.prompt_tokens >= 0:
                 prompt, cached = head.prompt_tokens, head.cached_tokens
-            chunks, gap_ns = connection.chunks, connection.max_gap_ns
-        recorder = self._plane.recorder
-        if recorder is not None:
-            tokens = (prompt, completion, cached)
+        plane = self._plane
+        if plane.recorder is not None or plane.access_log is not None:
+            self._tokens = (prompt, completion, cached)
+        if plane.recorder is not None:
             name = OUTCOME_NAMES[kind]
-            recorder.record(
-                self._request, lease, self._address, name, status, self._selected_ns, self.first_byte_ns, tokens
+            plane.recorder.record(
+                self._request, lease, self._address, name, status, self._selected_ns, self.first_byte_ns, self._tokens
             )
-        transitions = lease.release(
-            kind, status, self.first_byte_ns, chunks, gap_ns, prompt, completion, cached, monotonic_ns()
-        )
+        first_byte_ns, now_ns = self.first_byte_ns, monotonic_ns()
+        try:
+            transitions = lease.release(kind, status, first_byte_ns, reader, reused, prompt, completion, cached, now_ns)
+        except RegionBusy:
+            plane.later(
+                lambda: lease.release(kind, status, first_byte_ns, None, None, prompt, completion, cached, now_ns)
+            )
+            return
         for transition in transitions:
-            self._plane.log_transition(transition)
+            plane.log_transition(transition)
 
     def _finish(self, status: int) -> None:
-        self._request.finish(status, self.first_byte_ns, monotonic_ns())
+        now_ns = monotonic_ns()
+        self._request.finish(status, self.first_byte_ns, now_ns)
+        access_log = self._plane.access_log
+        if access_log is not None:
+            access_log.add(self._entry(status, now_ns))
         self._over()
+
+    def _entry(self, status: int, now_ns: int) -> Entry:
+        request, accepted_ns = self._request, self.deadline_ns - self._plane.times.request_ns
+        first_byte_ns = self.first_byte_ns
+        return Entry(
+            request_id=self.request_id,
+            path=self._head.path,
+            model=request.model,
+            stream=request.stream,
+            status=status,
+            worker_id=self._address.worker_id if self._attempts else None,
+            attempts=self._attempts,
+            prompt_bytes=request.prompt_bytes,
+            tokens=self._tokens,
+            first_byte_ns=first_byte_ns - accepted_ns if first_byte_ns >= 0 else None,
+            duration_ns=now_ns - accepted_ns,
+        )
 
     def _over(self) -> None:
         super()._over()
@@ -333,9 +427,9 @@ class RoutedExchange(Exchange):
             return
         if self._is_admitted:
             self._is_admitted = False
-            admission.leave()
+            self._plane.surely(admission.leave)
         else:
-            admission.withdraw(self)
+            self._plane.surely(lambda: admission.withdraw(self))
 
     def _answer_error(self, code: ErrorCode, message: str, param: str | None = None) -> None:
         self._finish(code.status)

@@ -24,16 +24,16 @@ class WorkerConnection(asyncio.Protocol):
 
     __slots__ = (
         "_feed",
-        "_last_ns",
+        "_paused_ns",
         "_pending",
         "_pool",
+        "_resumed_ns",
         "_reusable",
         "_transport",
         "_write",
-        "chunks",
         "exchange",
         "idle_since_ns",
-        "max_gap_ns",
+        "is_reused",
         "reader",
         "was_used",
     )
@@ -45,14 +45,15 @@ class WorkerConnection(asyncio.Protocol):
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.exchange: Exchange | None = None
-        self._feed: Callable[[bytes], int] | None = None  # None: the head is not complete
+        self._feed: Callable[[bytes, int], int] | None = None  # None: the head is not complete
         self._pending = b""
         self._reusable = False
         self.was_used = False
         self.idle_since_ns = 0
-        self.chunks = 0
-        self.max_gap_ns = 0
-        self._last_ns = 0
+        self._paused_ns = 0
+        self._resumed_ns = 0
+        self.is_reused = False
+        """Whether the exchange that it has was not its first."""
 
     def __repr__(self) -> str:
         phase = "idle" if self.exchange is None else "waiting" if self._feed is None else "relaying"
@@ -66,6 +67,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
         self.exchange = exchange
+        self.is_reused = self.was_used
         if len(body) < 16384:  # one copy is cheaper than one more buffer in the kernel's list
             self._transport.write(head + body)
         else:
@@ -73,10 +75,19 @@ class WorkerConnection(asyncio.Protocol):
 
     def pause(self) -> None:
         """The client is slow."""
+        self._paused_ns = monotonic_ns()
         self._transport.pause_reading()
 
     def resume(self) -> None:
+        self._paused_ns = 0
+        self._resumed_ns = monotonic_ns()
         self._transport.resume_reading()
+
+    def silent_ns(self, now_ns: int) -> int:
+        """For how long the worker has sent nothing of an answer that it has begun, though it could have."""
+        if self._feed is None or self._paused_ns:
+            return 0
+        return now_ns - max(self.reader.last_ns, self._resumed_ns)
 
     def abort(self) -> None:
         """The exchange is over before the response is: the worker sees a reset and stops working on it."""
@@ -98,16 +109,10 @@ class WorkerConnection(asyncio.Protocol):
             self._head_received(data)
             return
         try:
-            end = feed(data)
+            end = feed(data, monotonic_ns())
         except BadHead as error:
             self._fail(str(error.args[1]))
             return
-        now_ns = monotonic_ns()
-        gap_ns = now_ns - self._last_ns
-        if gap_ns > self.max_gap_ns:
-            self.max_gap_ns = gap_ns
-        self._last_ns = now_ns
-        self.chunks += 1
         if end < 0:
             self._write(data)
         else:
@@ -159,16 +164,14 @@ class WorkerConnection(asyncio.Protocol):
         self.reader = reader
         self._reusable = head.keep_alive
         rest = data[head.size :]
+        now_ns = monotonic_ns()
         try:
-            end = reader.feed(rest)
+            end = reader.feed(rest, now_ns)
         except BadHead as error:
             self._fail(str(error.args[1]))
             return
         self._feed = reader.feed
-        self.chunks = 1 if rest else 0
-        self.max_gap_ns = 0
-        self._last_ns = monotonic_ns()
-        self._write = exchange.response_began(head, rest if end < 0 or end == len(rest) else rest[:end], self._last_ns)
+        self._write = exchange.response_began(head, rest if end < 0 or end == len(rest) else rest[:end], now_ns)
         if end >= 0:
             self._response_ended(clean=end == len(rest))
 
@@ -186,7 +189,7 @@ class WorkerConnection(asyncio.Protocol):
             and not self._transport.is_closing()
             and not self._transport.get_write_buffer_size()
         ):
-            self._pool.give_back(self, self._last_ns)
+            self._pool.give_back(self, self.reader.last_ns)
         else:
             self._transport.close()
         exchange.response_ended(self)

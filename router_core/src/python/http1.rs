@@ -245,51 +245,71 @@ impl HeadParser {
 
 /// Finds the end of a message body in a stream of bytes. The bytes themselves are not touched.
 #[pyclass(module = "warmroute._core")]
-struct BodyReader(http1::BodyReader);
+pub(super) struct BodyReader {
+    reader: http1::BodyReader,
+    arrivals: http1::Arrivals,
+}
+
+impl BodyReader {
+    pub(super) fn arrivals(&self) -> &http1::Arrivals {
+        &self.arrivals
+    }
+
+    fn new(reader: http1::BodyReader) -> Self {
+        Self { reader, arrivals: http1::Arrivals::default() }
+    }
+}
 
 #[pymethods]
 impl BodyReader {
     #[staticmethod]
     #[pyo3(signature = (length, /))]
     fn of_length(length: u64) -> Self {
-        Self(http1::BodyReader::of_length(length))
+        Self::new(http1::BodyReader::of_length(length))
     }
 
     #[staticmethod]
     fn of_chunks() -> Self {
-        Self(http1::BodyReader::of_chunks())
+        Self::new(http1::BodyReader::of_chunks())
     }
 
     #[staticmethod]
     fn until_eof() -> Self {
-        Self(http1::BodyReader::until_eof())
+        Self::new(http1::BodyReader::until_eof())
     }
 
     /// -1: all of `data` belongs to the body and it goes on; else how many bytes of `data` end it.
-    #[pyo3(signature = (data, /))]
-    fn feed(&mut self, data: &[u8]) -> PyResult<i64> {
-        Ok(or_minus_one(self.0.feed(data)?))
+    #[pyo3(signature = (data, now_ns, /))]
+    fn feed(&mut self, data: &[u8], now_ns: u64) -> PyResult<i64> {
+        self.arrivals.piece(data.len(), now_ns);
+        Ok(or_minus_one(self.reader.feed(data)?))
+    }
+
+    /// When `feed` was called last.
+    #[getter]
+    fn last_ns(&self) -> u64 {
+        self.arrivals.last_ns()
     }
 
     #[getter]
     fn done(&self) -> bool {
-        self.0.done()
+        self.reader.done()
     }
 
     /// Bytes missing until the current chunk and its CRLF are complete; -1 where that has no meaning.
     #[getter]
     fn open_chunk_bytes(&self) -> i64 {
-        or_minus_one(self.0.open_chunk_bytes())
+        or_minus_one(self.reader.open_chunk_bytes())
     }
 
     /// The connection ended here. True if that ends the body.
     fn end_of_file(&mut self) -> bool {
-        self.0.end_of_file()
+        self.reader.end_of_file()
     }
 
     /// (prompt, completion, cached) tokens found in the last bytes of the body; -1 unknown.
     fn usage(&self) -> (i64, i64, i64) {
-        let usage = self.0.usage();
+        let usage = self.reader.usage();
         (or_minus_one(usage.prompt_tokens), or_minus_one(usage.completion_tokens), or_minus_one(usage.cached_tokens))
     }
 }

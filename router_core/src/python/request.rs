@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
 use super::enums::{Endpoint, OutcomeKind};
+use super::http1::BodyReader;
 use super::views::Transition;
 use crate::outcome::Outcome;
 use crate::router;
@@ -86,9 +87,8 @@ impl Lease {
         self.0.splice().map(|(offset, bytes)| (offset, PyBytes::new(py, &bytes)))
     }
 
-    /// `chunks` and `max_gap_ns` are for policies that learn more of a worker's rates than any here does yet.
     #[pyo3(signature = (
-        kind, status, first_byte_ns, chunks, max_gap_ns, prompt_tokens, completion_tokens, cached_tokens, now_ns, /
+        kind, status, first_byte_ns, reader, reused, prompt_tokens, completion_tokens, cached_tokens, now_ns, /
     ))]
     #[allow(clippy::too_many_arguments)]
     fn release<'py>(
@@ -97,14 +97,14 @@ impl Lease {
         kind: OutcomeKind,
         status: u16,
         first_byte_ns: i64,
-        chunks: i64,
-        max_gap_ns: i64,
+        reader: Option<PyRef<'_, BodyReader>>,
+        reused: Option<bool>,
         prompt_tokens: i64,
         completion_tokens: i64,
         cached_tokens: i64,
         now_ns: u64,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let _ = (chunks, max_gap_ns);
+        self.0.count_delivery(reused, reader.as_ref().map(|reader| reader.arrivals()));
         let outcome = Outcome {
             kind: kind.into(),
             status,

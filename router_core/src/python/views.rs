@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::enums::Endpoint;
+use crate::metrics::{PAUSE_BOUNDS_NS, RETRY_REASONS, Slab};
 use crate::router;
 
 /// A fact for the log: a machine of the worker at `head` changed its state.
@@ -171,6 +172,26 @@ impl TargetInfo {
     }
 
     #[getter]
+    fn connects(&self) -> u64 {
+        self.0.counters.connects
+    }
+
+    #[getter]
+    fn reuses(&self) -> u64 {
+        self.0.counters.reuses
+    }
+
+    #[getter]
+    fn request_bytes(&self) -> u64 {
+        self.0.counters.request_bytes
+    }
+
+    #[getter]
+    fn response_bytes(&self) -> u64 {
+        self.0.counters.response_bytes
+    }
+
+    #[getter]
     fn sticky_keys(&self) -> u64 {
         self.0.sticky_keys
     }
@@ -249,11 +270,72 @@ impl RequestSeries {
     fn first_byte_sum_ns(&self) -> u64 {
         self.0.reading.first_byte_sum_ns
     }
+
+    #[getter]
+    fn chunks(&self) -> u64 {
+        self.0.reading.chunks
+    }
+
+    #[getter]
+    fn gap_buckets(&self) -> Vec<u64> {
+        self.0.reading.gap_buckets.clone()
+    }
+
+    #[getter]
+    fn gap_sum_ns(&self) -> u64 {
+        self.0.reading.gap_sum_ns
+    }
+}
+
+/// Counters over all processes and models.
+#[pyclass(module = "warmroute._core", frozen)]
+pub(super) struct Counters(pub(super) Slab);
+
+#[pymethods]
+impl Counters {
+    #[getter]
+    fn http_requests(&self) -> Vec<(&'static str, &'static str, u64)> {
+        self.0.http().requests
+    }
+
+    #[getter]
+    fn http_responses(&self) -> Vec<(u16, &'static str, u64)> {
+        self.0.http().responses
+    }
+
+    #[getter]
+    fn retries(&self) -> Vec<(&'static str, u64)> {
+        RETRY_REASONS.into_iter().zip(self.0.retries()).collect()
+    }
+
+    #[getter]
+    fn loop_lag(&self) -> (Vec<u64>, u64) {
+        let lag = self.0.lag();
+        (lag.buckets, lag.sum_ns)
+    }
+
+    #[getter]
+    fn lock_waits(&self) -> (u64, u64) {
+        self.0.lock_waits()
+    }
+
+    #[getter]
+    fn lost(&self) -> u64 {
+        self.0.ledger().lost
+    }
+}
+
+/// Upper bounds of the histograms of pauses.
+#[pyfunction]
+fn pause_bounds_ns() -> Vec<u64> {
+    PAUSE_BOUNDS_NS.to_vec()
 }
 
 pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Transition>()?;
     module.add_class::<Explanation>()?;
     module.add_class::<TargetInfo>()?;
-    module.add_class::<RequestSeries>()
+    module.add_class::<RequestSeries>()?;
+    module.add_class::<Counters>()?;
+    module.add_function(wrap_pyfunction!(pause_bounds_ns, module)?)
 }

@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use super::mapping::Mapping;
 use super::{BOOT_WORD, HASH_SEED_WORD, HEADER_WORDS, LAYOUT_WORD, Layout, MAGIC, MAGIC_WORD, Region, word_at};
+use crate::mapping::Mapping;
 
 /// What a region's file was found to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,7 +64,10 @@ impl Region {
         let region = Self::format(layout, memory, seed, hash_seed)?;
         let mut guard = region.lock().map_err(io::Error::other)?;
         guard.header()[BOOT_WORD] = boot;
-        (0..region.layout.processes).for_each(|process| guard.state().targets.clear_process(process));
+        for process in 0..region.layout.processes {
+            guard.state().targets.clear_process(process);
+            guard.state().admission.clear_process(process);
+        }
         guard.state().targets.recount();
         drop(guard);
         Ok((region, file, found))

@@ -6,7 +6,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use libc::pthread_mutex_t;
 
@@ -62,11 +62,20 @@ impl RobustLock {
         Self { mutex: words.cast() }
     }
 
-    pub(super) fn lock(&self, timeout: Duration) -> Locked {
+    /// And how many ns it took, if somebody else had it.
+    pub(super) fn lock(&self, timeout: Duration) -> (Locked, u64) {
         // SAFETY: the mutex was made, by whoever created this lock.
         let result = unsafe { libc::pthread_mutex_trylock(self.mutex.as_ptr()) };
-        let result = if result == libc::EBUSY { self.wait(timeout) } else { result };
-        match result {
+        let mut waited_ns = 0;
+        let result = if result == libc::EBUSY {
+            let began = Instant::now();
+            let result = self.wait(timeout);
+            waited_ns = began.elapsed().as_nanos() as u64;
+            result
+        } else {
+            result
+        };
+        let locked = match result {
             0 => Locked::Normally,
             #[cfg(target_os = "linux")]
             libc::EOWNERDEAD => {
@@ -75,7 +84,8 @@ impl RobustLock {
                 Locked::FromTheDead
             }
             _ => Locked::Busy,
-        }
+        };
+        (locked, waited_ns)
     }
 
     #[cfg(target_os = "linux")]

@@ -1,7 +1,6 @@
 //! A decision that is not acted on: for people who ask why, and for a second policy that is only watched.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::request::Request;
 use super::{Router, candidates, no_policy, policy_word};
@@ -46,8 +45,6 @@ pub struct Explanation {
 /// A policy that decides everything once more, without effect.
 pub(super) struct Shadow {
     pub(super) policy: Box<dyn Policy>,
-    agreed: AtomicU64,
-    differed: AtomicU64,
 }
 
 impl Shadow {
@@ -56,12 +53,7 @@ impl Shadow {
         if policy.keeps_keys() {
             return Err(Error::Invalid(format!("{name} cannot be watched: it follows what it was given before")));
         }
-        Ok(Self { policy, agreed: AtomicU64::new(0), differed: AtomicU64::new(0) })
-    }
-
-    pub(super) fn observe(&self, agrees: bool) {
-        let counter = if agrees { &self.agreed } else { &self.differed };
-        counter.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { policy })
     }
 }
 
@@ -78,7 +70,7 @@ impl Router {
         now_ns: u64,
     ) -> Result<Explanation, Error> {
         let prompt = self.reader.read(endpoint, body).map_err(|refused| Error::Invalid(refused.message))?;
-        let request = &Request::new(self, endpoint, routing_headers, prompt, now_ns);
+        let request = &Request::new(self, endpoint, routing_headers, (prompt, body.len()), now_ns);
         request.progress().hypothetical = true;
         self.explain_request(request, now_ns)
     }
@@ -116,12 +108,6 @@ impl Router {
         });
         let prompt_bytes = request.prompt().routed_bytes;
         Ok(Explanation { policy: name, chosen, reason, prompt_bytes, candidates: views })
-    }
-
-    /// (decisions in which the shadow policy chose the same target, in which it chose another)
-    pub fn shadow_decisions(&self) -> (u64, u64) {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        self.shadow.as_ref().map_or((0, 0), |shadow| (read(&shadow.agreed), read(&shadow.differed)))
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::request::Request;
 use super::{Router, Transition};
 use crate::error::Error;
+use crate::http1::Arrivals;
 use crate::metrics::TargetCounter;
 use crate::outcome::Outcome;
 use crate::prefix_index::{Claim, Match};
@@ -73,6 +74,25 @@ impl Lease {
         Some((self.request.prompt().splice_offset, format!(",\"data_parallel_rank\":{rank}").into_bytes()))
     }
 
+    /// How its attempt went on the wire: on a connection that had been used before (None: on none), and in which pieces the answer
+    /// came. To be told before the lease is released.
+    pub fn count_delivery(&self, reused: Option<bool>, arrivals: Option<&Arrivals>) {
+        if self.released.load(Ordering::Acquire) {
+            return;
+        }
+        let (request, terms) = (&self.request, &self.terms);
+        let slab = &request.router().slab;
+        let count = |counter, amount| slab.count(terms.slot, terms.incarnation, counter, amount);
+        if let Some(reused) = reused {
+            count(if reused { TargetCounter::Reuses } else { TargetCounter::Connects }, 1);
+            count(TargetCounter::RequestBytes, request.body_bytes());
+        }
+        if let Some(arrivals) = arrivals {
+            count(TargetCounter::ResponseBytes, arrivals.bytes);
+            slab.arrive(request.progress().settle(request, None), arrivals);
+        }
+    }
+
     /// Give it back; once, later calls do nothing.
     ///
     /// # Errors
@@ -103,6 +123,7 @@ impl Router {
         now_ns: u64,
     ) -> Result<Vec<Transition>, Error> {
         let mut progress = request.progress();
+        progress.last_outcome = Some(outcome.kind);
         let mut guard = self.lock()?;
         let mut state = guard.state();
         // The worker was removed meanwhile, and its load with it: what is in the slot now is another worker's.

@@ -4,10 +4,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Router;
 use crate::metrics::Series;
+use crate::outcome::OutcomeKind;
 use crate::prompt::{Endpoint, Prompt};
 
 /// The header by which a client insists on a dp rank.
 const RANK_HEADER: &str = "x-data-parallel-rank";
+
+/// What nobody got: the status that counts for an answer that was not wanted any more.
+const CLIENT_CLOSED_REQUEST: u16 = 499;
 
 /// The headers that say what belongs together; the first that is present counts.
 const KEY_HEADERS: [&str; 4] = ["x-smg-routing-key", "x-session-id", "x-user-id", "x-tenant-id"];
@@ -17,6 +21,7 @@ pub struct Request {
     router: Arc<Router>,
     endpoint: Endpoint,
     prompt: Prompt,
+    body_bytes: u64,
     model_hash: Option<u64>,
     pinned_rank: Option<u16>,
     routing_key: Option<u64>,
@@ -29,6 +34,8 @@ pub struct Request {
 pub(super) struct Progress {
     /// Heads and incarnations of the workers that failed it.
     pub(super) failed: Vec<(u16, u64)>,
+    /// How the last lease ended, if it did.
+    pub(super) last_outcome: Option<OutcomeKind>,
     /// Leases so far.
     pub(super) attempts: u32,
     pub(super) finished: bool,
@@ -38,12 +45,12 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// Where the request is counted: under `model`, unless that was said before. The first time, it counts as accepted.
+    /// Where the request is counted: under `model`, unless that was said before.
     pub(super) fn settle(&mut self, request: &Request, model: Option<u64>) -> Series {
         let slab = &request.router.slab;
         *self.series.get_or_insert_with(|| {
             let series = slab.settle(model, request.endpoint, request.prompt.stream);
-            slab.accept(series);
+            slab.assign(series);
             series
         })
     }
@@ -54,7 +61,7 @@ impl Request {
         router: &Arc<Router>,
         endpoint: Endpoint,
         routing_headers: &[u8],
-        prompt: Prompt,
+        (prompt, body_bytes): (Prompt, usize),
         accepted_ns: u64,
     ) -> Self {
         let rank = prompt.pinned_rank.map(|rank| u16::try_from(rank).unwrap_or(u16::MAX));
@@ -65,6 +72,7 @@ impl Request {
             pinned_rank: rank.or_else(|| rank_of_headers(routing_headers)),
             routing_key: key_of_headers(routing_headers).map(|key| router.names.hash(key)),
             prompt,
+            body_bytes: body_bytes as u64,
             accepted_ns,
             progress: Mutex::default(),
         }
@@ -103,6 +111,10 @@ impl Request {
         self.routing_key
     }
 
+    pub(super) fn body_bytes(&self) -> u64 {
+        self.body_bytes
+    }
+
     pub(super) fn accepted_ns(&self) -> u64 {
         self.accepted_ns
     }
@@ -113,11 +125,10 @@ impl Request {
 }
 
 impl Drop for Request {
-    /// Given up before it was finished: it was accepted all the same.
+    /// Given up before it was finished: it was accepted all the same, and got no answer.
     fn drop(&mut self) {
-        let mut progress = std::mem::take(&mut *self.progress());
-        if !progress.hypothetical {
-            progress.settle(self, None);
+        if !self.progress().hypothetical {
+            self.router.finish(self, CLIENT_CLOSED_REQUEST, None, self.accepted_ns);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What a router is told when it is made. There are no defaults here: `config.py` has them.
 
+use crate::admission;
 use crate::breaker;
 use crate::error::Error;
 use crate::health;
@@ -33,6 +34,8 @@ pub struct Settings {
     pub health: health::Thresholds,
     /// Of attempts.
     pub breaker: breaker::Limits,
+    /// Of requests, over all processes.
+    pub admission: admission::Limits,
     /// Upper bounds of the histograms' buckets, rising.
     pub duration_buckets_ns: Vec<u64>,
 }
@@ -47,6 +50,7 @@ impl Settings {
             (self.health.failure > 0 && self.health.success > 0, "health thresholds must be at least 1"),
             (self.breaker.failures > 0 && self.breaker.successes > 0, "breaker thresholds must be at least 1"),
             (self.breaker.failures <= MAX_BREAKER_FAILURES, "breaker_failure_threshold must be at most 65535"),
+            (self.admission.per_second >= 0.0, "rate_limit must be 0 or more"),
             (self.breaker.window_ns > 0, "breaker_window_ns must be at least 1"),
             (self.duration_buckets_ns.is_sorted_by(|low, high| low < high), "duration_buckets_ns must rise"),
         ];

@@ -123,7 +123,7 @@ impl Router {
             model: reading.model.and_then(name).unwrap_or_else(|| OTHER_MODEL.to_owned()),
             reading,
         };
-        self.slab.series().into_iter().map(named).collect()
+        self.counted().series().into_iter().map(named).collect()
     }
 
     /// The policy by which requests for a model are routed now.
@@ -170,7 +170,7 @@ impl Router {
             consecutive_successes: breaker.consecutive_successes(),
             sticky_keys: targets.get(Field::StickyKeys, slot),
             index_characters: state.index.characters(slot),
-            counters: self.slab.target(slot, incarnation),
+            counters: self.target_counters(slot, incarnation),
         }
     }
 

@@ -33,6 +33,7 @@ pub fn settings() -> Settings {
         strict_model: false,
         health: Thresholds { failure: 3, success: 1 },
         breaker: Limits { enabled: true, failures: 10, successes: 3, timeout_ns: 60 * SECOND, window_ns: 120 * SECOND },
+        admission: router_core::admission::Limits { concurrent: 0, queue: 100, per_second: 0.0 },
         duration_buckets_ns: vec![SECOND / 100, SECOND],
     }
 }
