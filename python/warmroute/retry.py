@@ -25,8 +25,8 @@ RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 # Of ten requests two may be retried for their status, over any length of time; the reserve lets small fleets retry at
 # all. The ratio is the one of Finagle's and tower's retry budgets.
 BUDGET_RATIO = 0.2
-BUDGET_RESERVE = 10.0
-BUDGET_CAP = 100.0
+BUDGET_RESERVE = 100.0
+BUDGET_CAP = 1000.0
 
 # A prompt that kills its worker must not walk the fleet.
 MAX_UNANSWERED = 2

@@ -13,6 +13,7 @@
 //! ```text
 //! header   8 words: sweep cursor, sweep cycle, cursors of rows, dense rows and chunks, pause of those
 //! clocks   8 words a target, and a face each
+//! pages    a bit for each 64 buckets: whether anything was ever put there
 //! buckets  4 entries of 2 words: (tag 48 | depth class 8 | kind 8), (holder 32, holder 32) or number of a row or dense row
 //! rows     8 words: (count 8 | owner 56), 14 holders
 //! dense    34 words: owner, marks, 128 chunk numbers of 16 bits
@@ -84,6 +85,8 @@ impl Layout {
         assert!(targets <= MAX_TARGETS, "a holder names its target in 12 bits");
         let fixed = (HEADER_WORDS + clock_words(targets)) * size_of::<u64>();
         let words = memory_bytes.saturating_sub(fixed) / size_of::<u64>();
+        let words =
+            words.saturating_sub(table::page_words(words / table::BUCKET_WORDS).next_multiple_of(table::BUCKET_WORDS));
         let dense_rows = (words / DENSE_SHARE / DENSE_WORDS).min(dense::MAX_CHUNKS / CHUNKS_PER_DENSE_ROW);
         let row_words = BUCKETS_PER_ROW * table::BUCKET_WORDS + rows::WORDS;
         // Positions of entries are kept in 32 bits.
@@ -94,7 +97,12 @@ impl Layout {
     /// Words of memory that an index of this layout takes.
     pub fn words(&self) -> usize {
         let index = self.buckets * table::BUCKET_WORDS + self.rows * rows::WORDS + self.dense_rows * DENSE_WORDS;
-        HEADER_WORDS + clock_words(self.targets) + index
+        HEADER_WORDS + clock_words(self.targets) + self.page_words() + index
+    }
+
+    /// A multiple of a cache line.
+    fn page_words(&self) -> usize {
+        table::page_words(self.buckets).next_multiple_of(table::BUCKET_WORDS)
     }
 
     /// Blocks that the table can hold.
@@ -113,6 +121,7 @@ impl Layout {
         let (row_cursor, dense_cursors) = cursors.split_at_mut(1);
         let (clocks, memory) = memory.split_at_mut(self.targets * clock::WORDS);
         let (faces, memory) = memory.split_at_mut(face_words(self.targets));
+        let (pages, memory) = memory.split_at_mut(self.page_words());
         let (buckets, memory) = memory.split_at_mut(self.buckets * table::BUCKET_WORDS);
         let (rows, memory) = memory.split_at_mut(self.rows * rows::WORDS);
         let (dense_rows, chunks) = memory.split_at_mut(self.dense_rows * dense::ROW_WORDS);
@@ -121,7 +130,7 @@ impl Layout {
         PrefixIndex {
             sweep,
             clocks: Clocks { clocks, faces },
-            store: Store { table: Table::new(buckets), rows, dense },
+            store: Store { table: Table::new(pages, buckets), rows, dense },
         }
     }
 }
@@ -252,7 +261,16 @@ impl PrefixIndex<'_> {
 
     /// Reclaim what is past its horizon in the next `max_buckets` buckets; how many entries were freed.
     pub fn evict(&mut self, max_buckets: usize) -> usize {
-        (0..max_buckets.min(self.store.table.buckets())).map(|_| self.sweep_bucket()).sum()
+        let (mut left, mut freed) = (max_buckets.min(self.store.table.buckets()), 0);
+        while left > 0 {
+            let passed = self.pass_unused(left);
+            left -= passed;
+            if left > 0 {
+                freed += self.sweep_bucket();
+                left -= 1;
+            }
+        }
+        freed
     }
 
     /// Bytes of text that the target in `slot` is credited with: what it was sent since it came, at most its capacity.
@@ -272,12 +290,19 @@ impl PrefixIndex<'_> {
 
     /// Add up in `counts`, by slot, how many blocks of the buckets from `first` to `end` each target holds.
     pub fn count_blocks(&self, first: usize, end: usize, counts: &mut [u64]) {
-        for position in (first..end.min(self.buckets())).flat_map(Table::positions_of_bucket) {
-            self.store.each_holder(position, |holder| {
-                if let (Some(_), Some(count)) = (self.clocks.age(holder), counts.get_mut(usize::from(holder.slot()))) {
-                    *count += 1;
-                }
-            });
+        let end = end.min(self.buckets());
+        let mut bucket = self.store.table.next_in_use(first, end);
+        while bucket < end {
+            for position in Table::positions_of_bucket(bucket) {
+                self.store.each_holder(position, |holder| {
+                    if let (Some(_), Some(count)) =
+                        (self.clocks.age(holder), counts.get_mut(usize::from(holder.slot())))
+                    {
+                        *count += 1;
+                    }
+                });
+            }
+            bucket = self.store.table.next_in_use(bucket + 1, end);
         }
     }
 
@@ -302,8 +327,20 @@ impl PrefixIndex<'_> {
         let buckets = self.store.table.buckets() as u64;
         let owed = (advanced * buckets).div_ceil(clock::CYCLE_QUANTA);
         while self.sweep[CYCLE] == cycle && self.sweep[CURSOR] < owed {
-            self.sweep_bucket();
+            self.pass_unused((owed - self.sweep[CURSOR]) as usize);
+            if self.sweep[CURSOR] < owed {
+                self.sweep_bucket();
+            }
         }
+    }
+
+    /// Move the cursor over what was never used, at most `max_buckets` and not beyond the table's end; how many were passed.
+    fn pass_unused(&mut self, max_buckets: usize) -> usize {
+        let last = self.store.table.buckets() - 1;
+        let cursor = (self.sweep[CURSOR] as usize).min(last);
+        let next = self.store.table.next_in_use(cursor, last.min(cursor + max_buckets));
+        self.sweep[CURSOR] = next as u64;
+        next - cursor
     }
 
     fn sweep_bucket(&mut self) -> usize {

@@ -48,7 +48,7 @@ pub const MAX_TARGETS: usize = prefix_index::MAX_TARGETS;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"warmrout");
 /// Changes with every change of what stands where that sizes do not show.
-const LAYOUT_VERSION: u64 = 5;
+const LAYOUT_VERSION: u64 = 6;
 
 /// A cache line. Sections begin on one: the index counts on it.
 const LINE_WORDS: usize = 8;

@@ -10,9 +10,9 @@ import pytest
 from bench.load import Load, closed_loop, post
 from tests.e2e.fleet import FakeWorkerProcess, Fleet, RouterProcess, chat, eventually, words
 
-CONNECTIONS = 16
-REQUESTS = 2_000
-KILL_AFTER = 600
+CONNECTIONS = 64
+REQUESTS = 3_000
+KILL_AFTER = 400
 BACK_SECONDS = 2.0
 
 
@@ -23,11 +23,11 @@ def requests(count: int, stream: bool, first_seed: int = 0) -> list[bytes]:
     return [post("/v1/chat/completions", body) for body in bodies]
 
 
-def run_and_kill(router: RouterProcess, victim: FakeWorkerProcess, other: FakeWorkerProcess, stream: bool) -> Load:
+def run_and_kill(router: RouterProcess, victim: FakeWorkerProcess, stream: bool) -> Load:
     """The load, and in its middle the end of `victim`."""
 
     async def kill_in_the_middle() -> None:
-        busy = functools.partial(eventually, "the load runs", lambda: victim.counts()["received"] >= KILL_AFTER // 2)
+        busy = functools.partial(eventually, "the load runs", lambda: victim.counts()["received"] >= KILL_AFTER)
         await asyncio.to_thread(busy)
         victim.kill()
 
@@ -42,12 +42,12 @@ def run_and_kill(router: RouterProcess, victim: FakeWorkerProcess, other: FakeWo
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["unary", "streaming"])
-def test_kill_one_of_two(fleet: Fleet, stream: bool) -> None:
-    victim, other = fleet.fake_workers(2)
-    router = fleet.router(workers=[victim, other])
-    for worker in (victim, other):
+def test_kill_one_of_four(fleet: Fleet, stream: bool) -> None:
+    victim, *others = fleet.fake_workers(4)
+    router = fleet.router(workers=[victim, *others])
+    for worker in (victim, *others):
         worker.script(first_byte_seconds=0.004, chunk_seconds=0.002 if stream else 0.0)
-    load = run_and_kill(router, victim, other, stream)
+    load = run_and_kill(router, victim, stream)
     assert len(load.replies) == REQUESTS
     assert [reply for reply in load.failed if not reply.began] == []
     assert [reply.status for reply in load.failed if reply.status != 200] == []

@@ -69,7 +69,7 @@ def test_add_and_remove_under_load(fleet: Fleet) -> None:
 
     async def both() -> None:
         load, removed_at = await asyncio.gather(
-            closed_loop("127.0.0.1", router.port, requests(800, True), 16, count=800), asyncio.to_thread(change)
+            closed_loop("127.0.0.1", router.port, requests(1600, True), 64, count=1600), asyncio.to_thread(change)
         )
         assert load.failed == []
         late = [seen for seen in leaves.requests() if seen.at > removed_at + 0.05]

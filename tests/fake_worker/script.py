@@ -25,6 +25,8 @@ class Script:
     """Read the request whole, then RST."""
     reset_after_chunks: int | None = None
     """RST after that many chunks of a stream, or in the middle of a unary body."""
+    stall_after_chunks: int | None = None
+    """Say nothing more after that many chunks of a stream."""
     die: bool = False
     """The process kills itself on the request (a prompt that kills its worker)."""
     garbage: bool = False
@@ -55,7 +57,8 @@ class Script:
 
 @dataclass(slots=True)
 class SeenRequest:
-    """One inference request. Outcomes: answering, answered, cancelled (client went away), broken (by the script)."""
+    """One inference request. Outcomes: answering, answered, cancelled (client went away), broken (by the script),
+    aborted (by request)."""
 
     at: float
     """time.time() when the whole request had arrived."""
@@ -99,6 +102,7 @@ class Record:
     answered: int = 0
     cancelled: int = 0
     broken: int = 0
+    aborted: int = 0
     in_flight: int = 0
     open_connections: int = 0
     accepted_connections: int = 0
@@ -109,7 +113,7 @@ class Record:
         self.in_flight += 1
 
     def end(self, request: SeenRequest, outcome: str) -> None:
-        """`outcome`: answered, cancelled or broken. A request ends once."""
+        """`outcome`: answered, cancelled, broken or aborted. A request ends once."""
         if request.outcome != "answering":
             return
         request.outcome = outcome
@@ -119,7 +123,7 @@ class Record:
     def reset(self) -> None:
         self.requests.clear()
         self.other_paths.clear()
-        self.received = self.answered = self.cancelled = self.broken = self.accepted_connections = 0
+        self.received = self.answered = self.cancelled = self.broken = self.aborted = self.accepted_connections = 0
 
     def to_json(self, with_requests: bool) -> dict[str, Any]:
         counts = {
@@ -129,6 +133,7 @@ class Record:
                 "answered",
                 "cancelled",
                 "broken",
+                "aborted",
                 "in_flight",
                 "open_connections",
                 "accepted_connections",

@@ -122,6 +122,13 @@ class FakeWorker:
             os.kill(os.getpid(), signal.SIGKILL)
         asyncio.ensure_future(self.stop())  # noqa: RUF006  # ends with the loop at the latest
 
+    def abort(self, given: dict[str, object]) -> None:
+        """As SGLang does: by the beginning of the rid, or everything."""
+        rid, everything = str(given.get("rid") or ""), given.get("abort_all") is True
+        for connection in list(self._connections):
+            if everything or (rid and connection.rid.startswith(rid)):
+                connection.abort()
+
     def running(self) -> list[int]:
         counts = [0] * self.facts.dp_size
         for connection in self._connections:
@@ -142,6 +149,7 @@ class Connection(asyncio.Protocol):
         self._wanted = 0
         self._closing = False
         self._serving = False
+        self._streaming = False
         self._step: asyncio.TimerHandle | None = None
         self._idle: asyncio.TimerHandle | None = None
 
@@ -164,6 +172,27 @@ class Connection(asyncio.Protocol):
         self._buffer = self._buffer + data if self._buffer else data
         if len(self._buffer) >= self._wanted:
             self._serve_buffered()
+
+    @property
+    def rid(self) -> str:
+        """Of the request that is being answered: of its body, or what its head calls it."""
+        if self.current is None:
+            return ""
+        return str(json.loads(self.current.body).get("rid") or self.current.header("x-request-id") or "")
+
+    def abort(self) -> None:
+        """End the answer as if the model had: what has been generated is all there is."""
+        if self.current is None:
+            return
+        self._cancel_timers()
+        if self._streaming:
+            self.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        else:
+            body = b'{"choices": [{"finish_reason": "abort"}]}'
+            self.write(head(200, len(body)) + body)
+        self._streaming = False
+        self._end("aborted")
+        self.finish()
 
     # -- framing
 
@@ -263,6 +292,7 @@ class Connection(asyncio.Protocol):
                 cache.clear()
             return 200, b"flushed", "text/plain"
         if path == "/abort_request":
+            worker.abort(json.loads(body))
             return 200, b"{}", kind
         answer = worker.facts.info(path, worker.running(), [cache.used_tokens for cache in worker.caches])
         return (404, b'{"error":"no such path"}', kind) if answer is None else (200, answer, kind)
@@ -320,6 +350,7 @@ class Connection(asyncio.Protocol):
             extra += f"x-prompt-tokens: {answer.prompt_tokens}\r\nx-cached-tokens: {answer.cached_tokens}\r\n"
         if ask.stream:
             self.write(head(200, None, extra, "text/event-stream"))
+            self._streaming = True
             self._stream([chunk(event) for event in answer.events()], script, 0)
             return
         body = answer.unary()
@@ -338,12 +369,17 @@ class Connection(asyncio.Protocol):
         due = len(events) if script.chunk_seconds == 0 else sent + 1
         if stop is not None:
             due = min(due, stop)
+        if script.stall_after_chunks is not None:
+            due = min(due, script.stall_after_chunks)
         self.write(b"".join(events[sent:due]))
+        if script.stall_after_chunks is not None and due >= script.stall_after_chunks:
+            return
         if due == stop:
             # The last chunk must have left before the RST overtakes it.
             self._later(0.01, self._break_off)
         elif due == len(events):
             self.write(b"0\r\n\r\n")
+            self._streaming = False
             self._complete()
         else:
             self._later(script.chunk_seconds, self._stream, events, script, due)

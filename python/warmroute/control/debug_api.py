@@ -1,4 +1,4 @@
-"""`POST /debug/route`: where a request would go now, and why."""
+"""`POST /debug/route`: where a request would go now, and why. `GET /debug/ledgers`: the requests of each process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,12 @@ class DebugApi:
         self._clock = clock
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.post("/debug/route", self.route)]
+        return [web.post("/debug/route", self.route), web.get("/debug/ledgers", self.ledgers)]
+
+    async def ledgers(self, request: web.Request) -> web.Response:
+        """Each is one snapshot: accepted == answered + in_flight. The first: this process and all that are gone."""
+        names = ("accepted", "answered", "in_flight", "lost")
+        return web.json_response([dict(zip(names, ledger, strict=True)) for ledger in self._core.ledgers()])
 
     async def route(self, request: web.Request) -> web.Response:
         """Body, headers and `?path=` are those of the request in question. Nothing is sent anywhere."""

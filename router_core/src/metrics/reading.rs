@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::*;
 
 /// A reader that has met a step of the writer this many times takes what it has.
-const MOST_TRIES: usize = 1000;
+const MOST_TRIES: usize = 100_000;
 
 /// The requests of a slab.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

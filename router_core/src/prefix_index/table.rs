@@ -50,14 +50,36 @@ pub(super) fn depth_class(index: usize) -> u8 {
     if index < 128 { index as u8 } else { (124 + (index >> 5)).min(255) as u8 }
 }
 
+/// Buckets that stand or fall together as to whether anything was ever put there: a page of memory.
+const PAGE_BUCKETS: usize = 64;
+
+/// Words that say which pages of so many buckets are in use.
+pub(super) fn page_words(buckets: usize) -> usize {
+    buckets.div_ceil(PAGE_BUCKETS).div_ceil(64)
+}
+
 /// Positions are entry numbers: bucket times [`ENTRIES`] plus place.
 pub(super) struct Table<'m> {
+    /// A bit for each page that something was ever put into: who walks the table does not make the system fill in the others.
+    pages: &'m mut [u64],
     words: &'m mut [u64],
 }
 
 impl<'m> Table<'m> {
-    pub(super) fn new(words: &'m mut [u64]) -> Self {
-        Self { words }
+    pub(super) fn new(pages: &'m mut [u64], words: &'m mut [u64]) -> Self {
+        Self { pages, words }
+    }
+
+    /// From `bucket` on the first that is not in a page that was never used, at most `end`.
+    pub(super) fn next_in_use(&self, mut bucket: usize, end: usize) -> usize {
+        while bucket < end {
+            let page = bucket / PAGE_BUCKETS;
+            if self.pages[page / 64] >> (page % 64) & 1 == 1 {
+                return bucket;
+            }
+            bucket = (page + 1) * PAGE_BUCKETS;
+        }
+        end
     }
 
     pub(super) fn buckets(&self) -> usize {
@@ -163,6 +185,10 @@ impl<'m> Table<'m> {
 
     /// Put the block of `key` where another stood.
     pub(super) fn replace(&mut self, position: u32, key: u64, class: u8, holder: Holder) {
+        let page = position as usize / ENTRIES / PAGE_BUCKETS;
+        if let Some(pages) = self.pages.get_mut(page / 64) {
+            *pages |= 1 << (page % 64);
+        }
         let at = position as usize * 2;
         if let Some(head) = self.words.get_mut(at) {
             *head = tag_of(key) << (64 - TAG_BITS) | u64::from(class) << 8;

@@ -197,7 +197,10 @@ impl Router {
             }
         }
         let max_idle_ns = self.settings.policy_parameters.max_idle_ns;
-        state.sticky_keys.sweep(max_buckets / BUCKETS_PER_STICKY_SET, now_ns, max_idle_ns, &mut state.targets);
+        // Without any key its table is left alone: memory that nobody has touched costs nothing.
+        if state.targets.slots().any(|slot| state.targets.get(Field::StickyKeys, slot) > 0) {
+            state.sticky_keys.sweep(max_buckets / BUCKETS_PER_STICKY_SET, now_ns, max_idle_ns, &mut state.targets);
+        }
         Ok(state.index.evict(max_buckets))
     }
 
