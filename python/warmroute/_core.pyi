@@ -118,7 +118,8 @@ class Lease:
     ) -> tuple[Transition, ...]:
         """Give the claim back; idempotent (a second call returns ()). -1 stands for unknown.
 
-        `reader`: of the answer's body. `reused`: whether the connection had been used before; None: there was none.
+        `reader`: of the answer's body, which is looked through for tokens that are not given. `reused`: whether the
+        connection had been used before; None: there was none.
 
         `first_byte_ns` is when the answer's first byte came, on the clock of `now_ns`; with `completion_tokens` it
         tells how fast the target is. `cached_tokens` corrects what the index credits the target with.
@@ -361,6 +362,8 @@ class Core:
         Raises BadRequest. Counts the request as accepted (its model's series is settled by the first select). One that
         it refuses is counted as accepted and answered with 400, in the series of the model "other".
         """
+    def read_request(self, head: RequestHead, body: bytes, now_ns: int, /) -> RoutedRequest:
+        """As `read`, of a head that was parsed here."""
     def select(self, request: RoutedRequest, now_ns: int, allow_failed: bool, /) -> Lease | None:
         """Choose a target, raise its load, stamp the prefix. None: nobody is available.
 
@@ -471,6 +474,9 @@ class RequestHead:
     @property
     def keep_alive(self) -> bool: ...
     @property
+    def framing(self) -> tuple[bool, int, bool, int]:
+        """(keep_alive, size, chunked, content_length), which are asked for together."""
+    @property
     def http_1_0(self) -> bool: ...
     @property
     def expect_continue(self) -> bool: ...
@@ -513,6 +519,9 @@ class ResponseHead:
     @property
     def retry_after_seconds(self) -> int:
         """-1 when absent or a date."""
+    def as_it_is(self, request_id: bytes, keep_alive: bool, rest: bytes, /) -> bytes | None:
+        """Head, with that `x-request-id`, and `rest` as they go to a client of HTTP/1.1 that gets the body in the
+        framing it has; None: it has none, it ends with the connection."""
     def to_client(self, extra: bytes, keep_alive: bool, chunked: bool, /) -> bytes:
         """The head to send to the client: status line and end-to-end headers as the worker sent them, framing headers
         (content-length kept, or transfer-encoding when `chunked`), `connection: close` unless `keep_alive`, then
@@ -528,6 +537,12 @@ class HeadParser:
         """Parse the head at the start of `data`; None: more bytes are needed. Raises BadHead (400, 431, 505)."""
     def response(self, data: bytes, head_request: bool, /) -> ResponseHead | None:
         """As `request`, for a worker. 1xx heads are returned like others. Raises BadHead(502, ...)."""
+    def begin_response(
+        self, data: bytes, head_request: bool, now_ns: int, /
+    ) -> tuple[ResponseHead, int, BodyReader, bytes, int, bool] | None:
+        """The response at the start of `data`, behind interim ones: head, status, reader of the body, what has come of
+        it, -1 while it goes on or else how many bytes were not of this response, whether the connection can be used
+        again. None: more bytes are needed. Raises BadHead(502, ...)."""
 
 @final
 class BodyReader:

@@ -63,9 +63,11 @@ class Directory:
 
     def __init__(self, board: Board | None = None, *, is_writer: bool = True) -> None:
         self._board = board
-        self._is_writer = is_writer
         self._entries: dict[int, _Entry] = {}
         self._is_published = True
+        # Of another process's board, to see at once when there is something new.
+        self._version = board.version if board is not None and not is_writer else None
+        self._seen = 0
 
     # -- the data plane's side
 
@@ -74,7 +76,8 @@ class Directory:
 
         `incarnation`: of the worker that was chosen; another one may have the slot by now.
         """
-        self._refresh()
+        if self._version is not None and self._version[0] != self._seen:
+            self._refresh()
         entry = self._entries.get(slot)
         if entry is None or (incarnation is not None and incarnation != entry.incarnation):
             return None
@@ -82,7 +85,8 @@ class Directory:
 
     def models(self) -> list[str]:
         """Every name that some worker serves, for messages."""
-        self._refresh()
+        if self._version is not None and self._version[0] != self._seen:
+            self._refresh()
         return sorted({name for entry in self._entries.values() for name in entry.models})
 
     # -- the control plane's side
@@ -113,10 +117,10 @@ class Directory:
         self._is_published = True
 
     def _refresh(self) -> None:
-        if self._board is None or self._is_writer or not self._board.has_changed:
-            return
+        assert self._board is not None
+        self._seen, text = self._board.read()
         entries = {}
-        for worker_id, url, key, models, slots in json.loads(self._board.read() or b"[]"):
+        for worker_id, url, key, models, slots in json.loads(text or b"[]"):
             address = WorkerAddress.of(worker_id, url, key)
             for slot, incarnation in slots:
                 entries[slot] = _Entry(incarnation, address, tuple(models))

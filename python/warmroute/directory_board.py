@@ -31,7 +31,8 @@ class Board:
             os.ftruncate(fd, _SIZE)
         self.fd = fd
         self._memory = mmap.mmap(fd, _SIZE)
-        self._seen = bytes(_VERSION.size)
+        self.version = memoryview(self._memory)[: _VERSION.size].cast("Q")
+        """One number, of the last text: cheap to look at."""
 
     def write(self, text: bytes) -> None:
         """By one process only. Raises BoardFull, and changes nothing."""
@@ -44,20 +45,14 @@ class Board:
         self._memory[start : start + len(text)] = text
         _VERSION.pack_into(self._memory, 0, version)
 
-    @property
-    def has_changed(self) -> bool:
-        """Since this process has read it last."""
-        return self._memory[: _VERSION.size] != self._seen
-
-    def read(self) -> bytes:
-        """The last text that was written; b"" before the first."""
+    def read(self) -> tuple[int, bytes]:
+        """(version, text) that was written last; b"" before the first."""
         while True:
-            seen = self._memory[: _VERSION.size]
-            which = _VERSION.unpack(seen)[0] % 2
+            version = self.version[0]
+            which = version % 2
             length, checksum = _TEXT.unpack_from(self._memory, _VERSION.size + which * _TEXT.size)
             start = _TEXTS_AT + which * CAPACITY
             text = self._memory[start : start + length]
             # Overtaken by a writer who was twice as fast: the sum is wrong.
             if zlib.crc32(text) == checksum:
-                self._seen = seen
-                return text
+                return version, text

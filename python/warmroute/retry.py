@@ -49,16 +49,16 @@ class Decision:
 class RetryBudget:
     """Requests pay in a fraction, retries take out a whole."""
 
-    __slots__ = ("balance",)
+    __slots__ = ("balance", "requests")
 
     def __init__(self) -> None:
         self.balance = BUDGET_RESERVE
-
-    def deposit(self) -> None:
-        if self.balance < BUDGET_CAP:
-            self.balance += BUDGET_RATIO
+        self.requests = 0
+        """Those that have not been paid in yet; whoever begins one counts it here."""
 
     def withdraw(self) -> bool:
+        self.balance = min(self.balance + self.requests * BUDGET_RATIO, BUDGET_CAP)
+        self.requests = 0
         if self.balance < 1.0:
             return False
         self.balance -= 1.0

@@ -202,10 +202,8 @@ class ClientConnection(asyncio.Protocol):
     def _advance(self) -> None:
         """Handle what is in the buffer until an exchange is under way or more bytes are needed."""
         self._advancing = True  # an exchange that ends at once must not enter here again: pipelined requests would nest
-        try:
-            self._advance_while_possible()
-        finally:
-            self._advancing = False
+        self._advance_while_possible()
+        self._advancing = False
 
     def _advance_while_possible(self) -> None:
         while self._buffer and self._exchange is None and not self._discarding:
@@ -217,12 +215,11 @@ class ClientConnection(asyncio.Protocol):
                 return
             if head is None:
                 return
-            self.may_keep_alive = self.keep_alive = head.keep_alive and not self._plane.is_draining
-            size = head.size
-            if head.chunked:
+            keep_alive, size, chunked, length = head.framing
+            self.may_keep_alive = self.keep_alive = keep_alive and not self._plane.is_draining
+            if chunked:
                 self._decoder = ChunkDecoder(self._plane.max_body_bytes)
             else:
-                length = head.content_length
                 if length > self._plane.max_body_bytes:
                     self._refuse(413, f"The body is larger than {self._plane.max_body_bytes} bytes")
                     return

@@ -30,6 +30,7 @@ class Exchange:
         "_client",
         "_connection",
         "_decoder",
+        "_ends_with_a_chunk",
         "_head",
         "_may_resend",
         "_plane",
@@ -51,6 +52,7 @@ class Exchange:
         self._body = body
         self._connection: WorkerConnection | None = None
         self._decoder: ChunkDecoder | None = None
+        self._ends_with_a_chunk = False
         self._may_resend = True
         self.deadline_ns = now_ns + plane.times.request_ns
         self.first_byte_ns = -1
@@ -77,7 +79,7 @@ class Exchange:
         else:
             self._unanswered(reason)
 
-    def response_began(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
+    def response_began(self, head: ResponseHead, status: int, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
         """The head is complete and `rest` is what came with it: write both, return where the rest of the body goes."""
         return self._relay(head, rest, now_ns)
 
@@ -115,8 +117,8 @@ class Exchange:
     def _unanswered(self, reason: str) -> None:
         raise NotImplementedError
 
-    def _extra_headers(self) -> bytes:
-        return b"x-request-id: " + self.request_id + b"\r\n"
+    def _worker_header(self) -> bytes:
+        return b""
 
     def _relay(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
         """Commit: from here on the client has seen a byte."""
@@ -124,18 +126,29 @@ class Exchange:
         self.first_byte_ns = now_ns
         client = self._client
         http_1_0 = self._head.http_1_0
+        if not (http_1_0 or self._plane.expose_worker):
+            keep_alive = client.may_keep_alive
+            answer = head.as_it_is(self.request_id, keep_alive, rest)
+            if answer is not None:
+                client.keep_alive = keep_alive
+                client.write(answer)
+                return client.write
         sized = head.content_length >= 0
+        chunked = head.chunked
+        self._ends_with_a_chunk = not (sized or chunked or http_1_0)
         keep_alive = client.may_keep_alive and (sized or not http_1_0)
-        extra = self._extra_headers()
+        extra = b"x-request-id: %b\r\n" % self.request_id
+        if self._plane.expose_worker:
+            extra += self._worker_header()
         if http_1_0 and keep_alive:
             extra += b"connection: keep-alive\r\n"  # what HTTP/1.1 takes for granted
         out = head.to_client(extra, keep_alive, not sized and not http_1_0)
         client.keep_alive = keep_alive
         write = client.write
-        if sized or (head.chunked and not http_1_0):
+        if sized or (chunked and not http_1_0):
             write(out + rest)
             return write
-        if head.chunked:
+        if chunked:
             self._decoder = ChunkDecoder(1 << 62)
             write(out)
             write = self._write_decoded
@@ -162,15 +175,15 @@ class Exchange:
 
     def _end_relay(self) -> None:
         """The body is complete: end it in the client's framing."""
-        head = self.response
-        assert head is not None
-        if head.content_length < 0 and not head.chunked and not self._head.http_1_0:
+        if self._ends_with_a_chunk:
             self._client.write(b"0\r\n\r\n")
 
     def _over(self) -> None:
         self.is_over = True
         self._connection = None
-        self._plane.ended(self, len(self._body))
+        plane = self._plane
+        plane.exchanges.discard(self)
+        plane.buffered_bytes -= len(self._body)
 
 
 class ControlExchange(Exchange):
@@ -184,7 +197,8 @@ class ControlExchange(Exchange):
         self._pool = plane.control_pool
 
     def start(self) -> None:
-        self._plane.began(self, len(self._body))
+        self._plane.exchanges.add(self)
+        self._plane.buffered_bytes += len(self._body)
         self._pool.assign(self)
 
     def connected(self, connection: WorkerConnection) -> None:

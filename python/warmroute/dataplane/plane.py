@@ -113,9 +113,12 @@ class DataPlane:
         self.times = Times.of(config)
         self.expose_worker = config.expose_worker
         self.api_key = config.api_key
+        self.worker_authorization = b"" if config.api_key else None
+        """For workers without a key of their own. None: the client's goes through. The router's never leaves it."""
         self._expected_authorization = b"Bearer " + config.api_key.encode() if config.api_key else b""
         path, form = config.access_log, config.access_log_format
         self.access_log = AccessLog(path, form, directory, self.loop) if path else None
+        self.keeps_records = self.recorder is not None or self.access_log is not None
         self.admission: Admission | None = None
         if config.is_limited:
             bell = Doorbell(self.loop, shared.doorbell_fd, self._let_in)
@@ -128,8 +131,10 @@ class DataPlane:
         """The time, at most a second late: for what happens too often to ask for it."""
         self.connections: set[ClientConnection] = set()
         self.is_draining = False
-        self._exchanges: set[Exchange] = set()
-        self._pools: dict[str, Pool] = {}
+        self.exchanges: set[Exchange] = set()
+        """Under way. An exchange is the only one that adds and removes itself, and its body to `buffered_bytes`."""
+        self.pools: dict[str, Pool] = {}
+        """By worker."""
         self._id_prefix = b"req-" + os.urandom(8).hex().encode()
         self._id_count = 0
 
@@ -147,7 +152,7 @@ class DataPlane:
 
     @property
     def active_requests(self) -> int:
-        return len(self._exchanges)
+        return len(self.exchanges)
 
     async def drain(self, timeout_seconds: float, idle_seconds: float = 0.0) -> bool:
         """Let requests finish, those that are still being read included; whether all did in time. What comes on new
@@ -165,7 +170,7 @@ class DataPlane:
                 for connection in [c for c in self.connections if c.is_idle]:
                     connection.close()
             # Those that are closed are there until their last bytes have been sent.
-            if not self._exchanges and all(connection.came_late for connection in self.connections):
+            if not self.exchanges and all(connection.came_late for connection in self.connections):
                 return True
             if now >= deadline:
                 return False
@@ -176,13 +181,13 @@ class DataPlane:
         self.is_draining = True
         self._sweeper.cancel()
         self._turner.cancel()
-        for exchange in list(self._exchanges):
+        for exchange in list(self.exchanges):
             exchange.cancel()
         if self._letting_in is not None:  # each exchange that ended asked for it
             self._letting_in.cancel()
         for connection in list(self.connections):
             connection.abort()
-        for pool in (*self._pools.values(), self.control_pool):
+        for pool in (*self.pools.values(), self.control_pool):
             pool.close()
         if self.recorder is not None:
             self.recorder.close()
@@ -196,7 +201,7 @@ class DataPlane:
         return b"%b%08x" % (self._id_prefix, self._id_count)
 
     def may_enter(self, head: RequestHead) -> bool:
-        if head.path in OPEN_PATHS and not head.is_routed:
+        if not head.is_routed and head.path in OPEN_PATHS:
             return True
         return hmac.compare_digest(head.authorization or b"", self._expected_authorization)
 
@@ -206,33 +211,12 @@ class DataPlane:
             return router_health.readiness(self.core, draining=self.is_draining)
         return router_health.liveness()
 
-    def began(self, exchange: Exchange, body_bytes: int) -> None:
-        self._exchanges.add(exchange)
-        self.buffered_bytes += body_bytes
+    def new_pool(self, address: WorkerAddress) -> Pool:
+        async def connect(factory: Callable[[], asyncio.Protocol]) -> None:
+            await self.loop.create_connection(factory, address.host, address.port, ssl=address.tls or None)
 
-    def forget_body(self, body_bytes: int) -> None:
-        """Of an exchange that goes on without it."""
-        self.buffered_bytes -= body_bytes
-
-    def ended(self, exchange: Exchange, body_bytes: int) -> None:
-        self._exchanges.discard(exchange)
-        self.buffered_bytes -= body_bytes
-
-    def pool(self, address: WorkerAddress) -> Pool:
-        pool = self._pools.get(address.worker_id)
-        if pool is None:
-
-            async def connect(factory: Callable[[], asyncio.Protocol]) -> None:
-                await self.loop.create_connection(factory, address.host, address.port, ssl=address.tls or None)
-
-            pool = self._pools[address.worker_id] = Pool(connect, self.parser, self.times.connect_seconds)
+        pool = self.pools[address.worker_id] = Pool(connect, self.parser, self.times.connect_seconds)
         return pool
-
-    def worker_authorization(self, address: WorkerAddress) -> bytes | None:
-        """None: the client's own goes through. The router's key never leaves the router."""
-        if address.authorization is not None:
-            return address.authorization
-        return b"" if self.api_key is not None else None
 
     def unknown_model_message(self, model: str | None) -> str:
         known = ", ".join(self.directory.models()) or "none"
@@ -247,7 +231,7 @@ class DataPlane:
         """(id of the worker, the request's name there) of the running requests whose `rid` that is, or which their
         heads call so."""
         wanted = request_id.encode("latin-1", "replace")
-        running = [one for one in self._exchanges if isinstance(one, RoutedExchange)]
+        running = [one for one in self.exchanges if isinstance(one, RoutedExchange)]
         return [
             (one.worker_id, one.rid or request_id)
             for one in running
@@ -291,15 +275,15 @@ class DataPlane:
             admission = self.admission
             self.surely(lambda: admission.expire(now_ns))
             self._let_in()  # whatever woke nobody
-        for exchange in list(self._exchanges):
+        for exchange in list(self.exchanges):
             if not exchange.is_over:
                 exchange.check_time(now_ns)
         for connection in list(self.connections):
             connection.check_time(now_ns)
-        for worker_id, pool in list(self._pools.items()):
+        for worker_id, pool in list(self.pools.items()):
             pool.close_idle(now_ns - IDLE_NS)
             if pool.is_empty:
-                del self._pools[worker_id]
+                del self.pools[worker_id]
         self.control_pool.close_idle(now_ns - IDLE_NS)
 
     def _turn(self) -> None:

@@ -62,7 +62,7 @@ class Pool:
         """Give `exchange` a connection, now or when it is open: calls its `connected` or `connect_failed`."""
         while self._idle and not fresh:
             connection = self._idle.pop()
-            if not connection.is_closing:
+            if not connection.transport.is_closing():
                 exchange.connected(connection)
                 return
         task = asyncio.get_running_loop().create_task(self._open(exchange))

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from warmroute._core import Lease, RequestHead, ResponseHead, RoutedRequest
+    from warmroute._core import BodyReader, Lease, RequestHead, ResponseHead, RoutedRequest
+    from warmroute.dataplane.admission import Admission
     from warmroute.dataplane.client_connection import ClientConnection
     from warmroute.dataplane.plane import DataPlane
     from warmroute.dataplane.worker_connection import WorkerConnection
@@ -64,7 +65,7 @@ class RoutedExchange(Exchange):
     _selected_ns: int
 
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
-        super().__init__(plane, client, head, body, now_ns)
+        Exchange.__init__(self, plane, client, head, body, now_ns)  # what super() costs shows
         self._attempts = 0
         self._not_before_ns = 0
         self._tokens = (-1, -1, -1)
@@ -86,18 +87,24 @@ class RoutedExchange(Exchange):
         return self._request.rid
 
     def start(self, now_ns: int) -> None:
-        head = self._head
         try:
-            self._request = self._plane.core.read(head.path, head.routing_headers, self._body, now_ns)
+            self._request = self._plane.core.read_request(self._head, self._body, now_ns)
         except BadRequest as error:
             message, param = error.args
             self.is_over = True
             self._client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
             return
-        self._plane.began(self, len(self._body))
-        admission = self._plane.admission
+        plane = self._plane
+        plane.exchanges.add(self)
+        plane.buffered_bytes += len(self._body)
+        admission = plane.admission
+        if admission is None:
+            self._is_admitted = True
+            plane.retry_budget.requests += 1
+            self._attempt(now_ns, allow_failed=False)
+            return
         try:
-            if admission is None or admission.enter(self, now_ns):
+            if admission.enter(self, now_ns):
                 self.admitted(now_ns)
         except QueueFull:
             self._answer_error(ErrorCode.QUEUE_FULL, "Too many requests are running and waiting; try again")
@@ -108,7 +115,7 @@ class RoutedExchange(Exchange):
 
     def admitted(self, now_ns: int) -> None:
         self._is_admitted = True
-        self._plane.retry_budget.deposit()
+        self._plane.retry_budget.requests += 1
         self._attempt(now_ns, allow_failed=False)
 
     def waited_too_long(self) -> None:
@@ -118,15 +125,16 @@ class RoutedExchange(Exchange):
 
     def _attempt(self, now_ns: int, *, allow_failed: bool) -> None:
         """Choose a worker and ask the pool for a connection to it."""
+        plane = self._plane
         try:
-            if self._plane.decision_log is not None:
-                self._plane.decision_log.sample(self._request, self.request_id, now_ns)
-            lease = self._plane.core.select(self._request, now_ns, False)
+            if plane.decision_log is not None:
+                plane.decision_log.sample(self._request, self.request_id, now_ns)
+            lease = plane.core.select(self._request, now_ns, False)
             if lease is None and allow_failed:
                 if self._not_before_ns > now_ns:
                     self._wait_for_the_failed(now_ns)
                     return
-                lease = self._plane.core.select(self._request, now_ns, True)
+                lease = plane.core.select(self._request, now_ns, True)
         except UnknownModel:
             self._answer_error(
                 ErrorCode.MODEL_NOT_FOUND, self._plane.unknown_model_message(self._request.model), "model"
@@ -138,7 +146,7 @@ class RoutedExchange(Exchange):
         if lease is None:
             self._nobody(now_ns)
             return
-        address = self._plane.directory.address(lease.slot, lease.incarnation)
+        address = plane.directory.address(lease.slot, lease.incarnation)
         if address is None:  # the worker left between the two calls
             lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, now_ns)
             self._failed(Failure.NOT_SENT, ErrorCode.NO_AVAILABLE_WORKERS, "The worker was removed; try again")
@@ -148,7 +156,7 @@ class RoutedExchange(Exchange):
         self._address = address
         self._attempts += 1
         self._may_resend = True
-        self._pool = self._plane.pool(address)
+        self._pool = plane.pools.get(address.worker_id) or plane.new_pool(address)
         self._pool.assign(self)
 
     def _nobody(self, now_ns: int) -> None:
@@ -199,7 +207,7 @@ class RoutedExchange(Exchange):
     def _give_up(self) -> None:
         if self._held_head is not None:  # the last answer a worker gave, as it gave it
             body = b"".join(self._held or ())
-            self._commit(self._held_head, body, monotonic_ns())
+            self._relay(self._held_head, body, monotonic_ns())
             self._end_relay()
             self._finish(self._held_head.status)
             self._client.exchange_ended()
@@ -219,9 +227,8 @@ class RoutedExchange(Exchange):
             offset, inserted = splice
             body = body[:offset] + inserted + body[offset:]
         address = self._address
-        head = self._head.to_worker(
-            address.host_header, self._plane.worker_authorization(address), self.request_id, len(body)
-        )
+        authorization = address.authorization or self._plane.worker_authorization
+        head = self._head.to_worker(address.host_header, authorization, self.request_id, len(body))
         connection.send(self, head, body)
 
     def connect_failed(self, reason: str, failure: ConnectFailure) -> None:
@@ -244,9 +251,9 @@ class RoutedExchange(Exchange):
         self._release(OutcomeKind.NO_ANSWER, 0, None)
         self._failed(Failure.NO_ANSWER, code, f"The worker did not answer: {reason}")
 
-    def response_began(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
+    def response_began(self, head: ResponseHead, status: int, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
         if (
-            head.status in RETRYABLE_STATUSES
+            status in RETRYABLE_STATUSES
             and self._plane.retry_policy.enabled
             and head.content_length <= MAX_HELD_BODY_BYTES
         ):
@@ -255,11 +262,8 @@ class RoutedExchange(Exchange):
             return self._hold
         self._held_head = None
         self._held = None
-        return self._commit(head, rest, now_ns)
-
-    def _commit(self, head: ResponseHead, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
-        """It will not be sent again: a long stream needs no prompt."""
-        self._plane.forget_body(len(self._body))
+        # It will not be sent again: a long stream needs no prompt.
+        self._plane.buffered_bytes -= len(self._body)
         self._body = b""
         return self._relay(head, rest, now_ns)
 
@@ -281,7 +285,8 @@ class RoutedExchange(Exchange):
             return
         assert self.response is not None
         status = self.response.status
-        self._end_relay()
+        if self._ends_with_a_chunk:
+            self._end_relay()
         self._release(OutcomeKind.ANSWERED, status, connection)
         self._finish(status)
         self._client.exchange_ended()
@@ -368,32 +373,36 @@ class RoutedExchange(Exchange):
         if lease is None:
             return
         self._lease = None
-        prompt = completion = cached = -1
+        prompt = cached = -1
         reader = reused = None
         if connection is not None:
             head = self.response or self._held_head
             reader, reused = connection.reader, connection.is_reused
-            prompt, completion, cached = reader.usage()
-            if head is not None and head.prompt_tokens >= 0:
+            if head is not None:
                 prompt, cached = head.prompt_tokens, head.cached_tokens
         plane = self._plane
-        if plane.recorder is not None or plane.access_log is not None:
-            self._tokens = (prompt, completion, cached)
-        if plane.recorder is not None:
-            name = OUTCOME_NAMES[kind]
-            plane.recorder.record(
-                self._request, lease, self._address, name, status, self._selected_ns, self.first_byte_ns, self._tokens
-            )
+        if plane.keeps_records:
+            self._record(lease, kind, status, reader, prompt, cached)
         first_byte_ns, now_ns = self.first_byte_ns, monotonic_ns()
         try:
-            transitions = lease.release(kind, status, first_byte_ns, reader, reused, prompt, completion, cached, now_ns)
+            transitions = lease.release(kind, status, first_byte_ns, reader, reused, prompt, -1, cached, now_ns)
         except RegionBusy:
-            plane.later(
-                lambda: lease.release(kind, status, first_byte_ns, None, None, prompt, completion, cached, now_ns)
-            )
+            plane.later(lambda: lease.release(kind, status, first_byte_ns, None, None, prompt, -1, cached, now_ns))
             return
         for transition in transitions:
             plane.log_transition(transition)
+
+    def _record(
+        self, lease: Lease, kind: OutcomeKind, status: int, reader: BodyReader | None, prompt: int, cached: int
+    ) -> None:
+        found = reader.usage() if reader is not None else (-1, -1, -1)
+        self._tokens = (prompt, found[1], cached) if prompt >= 0 else found
+        recorder = self._plane.recorder
+        if recorder is not None:
+            name = OUTCOME_NAMES[kind]
+            recorder.record(
+                self._request, lease, self._address, name, status, self._selected_ns, self.first_byte_ns, self._tokens
+            )
 
     def _finish(self, status: int) -> None:
         now_ns = monotonic_ns()
@@ -402,6 +411,9 @@ class RoutedExchange(Exchange):
         if access_log is not None:
             access_log.add(self._entry(status, now_ns))
         self._over()
+        admission = self._plane.admission
+        if admission is not None:
+            self._leave(admission)
 
     def _entry(self, status: int, now_ns: int) -> Entry:
         request, accepted_ns = self._request, self.deadline_ns - self._plane.times.request_ns
@@ -420,11 +432,7 @@ class RoutedExchange(Exchange):
             duration_ns=now_ns - accepted_ns,
         )
 
-    def _over(self) -> None:
-        super()._over()
-        admission = self._plane.admission
-        if admission is None:
-            return
+    def _leave(self, admission: Admission) -> None:
         if self._is_admitted:
             self._is_admitted = False
             self._plane.surely(admission.leave)
@@ -435,10 +443,5 @@ class RoutedExchange(Exchange):
         self._finish(code.status)
         self._client.answer_error(code, message, self.request_id, param)
 
-    def _extra_headers(self) -> bytes:
-        if self._plane.expose_worker:
-            return b"x-request-id: %b\r\nx-warmroute-worker: %b\r\n" % (
-                self.request_id,
-                self._address.worker_id.encode(),
-            )
-        return b"x-request-id: " + self.request_id + b"\r\n"
+    def _worker_header(self) -> bytes:
+        return b"x-warmroute-worker: %b\r\n" % self._address.worker_id.encode()

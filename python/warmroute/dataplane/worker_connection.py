@@ -10,11 +10,12 @@ import asyncio
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
-from warmroute._core import BadHead, BodyReader
+from warmroute._core import BadHead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from warmroute._core import BodyReader
     from warmroute.dataplane.exchange import Exchange
     from warmroute.dataplane.pool import Pool
 
@@ -29,16 +30,16 @@ class WorkerConnection(asyncio.Protocol):
         "_pool",
         "_resumed_ns",
         "_reusable",
-        "_transport",
         "_write",
         "exchange",
         "idle_since_ns",
         "is_reused",
         "reader",
+        "transport",
         "was_used",
     )
 
-    _transport: asyncio.Transport
+    transport: asyncio.Transport
     reader: BodyReader
     _write: Callable[[bytes], object]
 
@@ -59,29 +60,25 @@ class WorkerConnection(asyncio.Protocol):
         phase = "idle" if self.exchange is None else "waiting" if self._feed is None else "relaying"
         return f"<WorkerConnection [{phase}]>"
 
-    @property
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
     # -- from the exchange
 
     def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
         self.exchange = exchange
         self.is_reused = self.was_used
         if len(body) < 16384:  # one copy is cheaper than one more buffer in the kernel's list
-            self._transport.write(head + body)
+            self.transport.write(head + body)
         else:
-            self._transport.writelines((head, body))
+            self.transport.writelines((head, body))
 
     def pause(self) -> None:
         """The client is slow."""
         self._paused_ns = monotonic_ns()
-        self._transport.pause_reading()
+        self.transport.pause_reading()
 
     def resume(self) -> None:
         self._paused_ns = 0
         self._resumed_ns = monotonic_ns()
-        self._transport.resume_reading()
+        self.transport.resume_reading()
 
     def silent_ns(self, now_ns: int) -> int:
         """For how long the worker has sent nothing of an answer that it has begun, though it could have."""
@@ -92,16 +89,16 @@ class WorkerConnection(asyncio.Protocol):
     def abort(self) -> None:
         """The exchange is over before the response is: the worker sees a reset and stops working on it."""
         self.exchange = None
-        self._transport.abort()
+        self.transport.abort()
 
     def close(self) -> None:
         self.exchange = None
-        self._transport.close()
+        self.transport.close()
 
     # -- from the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
+        self.transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         feed = self._feed
@@ -139,41 +136,24 @@ class WorkerConnection(asyncio.Protocol):
         if exchange is None:
             # Nobody asked. A worker that times out an idle connection may say so before it closes it.
             self._pool.forget(self)
-            self._transport.abort()
+            self.transport.abort()
             return
         data = self._pending + data if self._pending else data
-        while True:
-            try:
-                head = self._pool.parser.response(data, exchange.is_head_request)
-            except BadHead as error:
-                self._fail(str(error.args[1]))
-                return
-            if head is None:
-                self._pending = data
-                return
-            if head.status >= 200:
-                break
-            data = data[head.size :]  # 1xx: an interim response that concerns this hop alone
-        self._pending = b""
-        if head.chunked:
-            reader = BodyReader.of_chunks()
-        elif head.content_length >= 0:
-            reader = BodyReader.of_length(head.content_length)
-        else:
-            reader = BodyReader.until_eof()
-        self.reader = reader
-        self._reusable = head.keep_alive
-        rest = data[head.size :]
         now_ns = monotonic_ns()
         try:
-            end = reader.feed(rest, now_ns)
+            begun = self._pool.parser.begin_response(data, exchange.is_head_request, now_ns)
         except BadHead as error:
             self._fail(str(error.args[1]))
             return
-        self._feed = reader.feed
-        self._write = exchange.response_began(head, rest if end < 0 or end == len(rest) else rest[:end], now_ns)
-        if end >= 0:
-            self._response_ended(clean=end == len(rest))
+        if begun is None:
+            self._pending = data
+            return
+        self._pending = b""
+        head, status, self.reader, rest, surplus, self._reusable = begun
+        self._feed = self.reader.feed
+        self._write = exchange.response_began(head, status, rest, now_ns)
+        if surplus >= 0:
+            self._response_ended(clean=surplus == 0)
 
     def _response_ended(self, *, clean: bool) -> None:
         exchange = self.exchange
@@ -183,22 +163,17 @@ class WorkerConnection(asyncio.Protocol):
         self._feed = None
         self.was_used = True
         # An answer that came before the request was sent whole leaves a rest that would be read as the next request.
-        if (
-            self._reusable
-            and clean
-            and not self._transport.is_closing()
-            and not self._transport.get_write_buffer_size()
-        ):
+        if self._reusable and clean and not self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self._pool.give_back(self, self.reader.last_ns)
         else:
-            self._transport.close()
+            self.transport.close()
         exchange.response_ended(self)
 
     def _fail(self, reason: str) -> None:
         exchange = self.exchange
         began = self._feed is not None
         self.exchange = None
-        self._transport.abort()
+        self.transport.abort()
         if exchange is None:
             return
         if began:

@@ -10,6 +10,7 @@ use pyo3::exceptions::{PyAssertionError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
+use super::http1::RequestHead;
 use super::request::{Lease, RoutedRequest};
 use super::views::{Counters, Explanation, RequestSeries, TargetInfo, Transition};
 use crate::admission::{Entry, Limits, Turn};
@@ -207,6 +208,12 @@ impl Core {
         let unrouted = || PyValueError::new_err("not a routed path");
         let endpoint = Endpoint::from_path(path).ok_or_else(unrouted)?;
         Ok(RoutedRequest(self.router.read(endpoint, routing_headers, body, now_ns)?))
+    }
+
+    /// As `read`, of a head that was parsed here.
+    #[pyo3(signature = (head, body, now_ns, /))]
+    fn read_request(&self, head: &RequestHead, body: &[u8], now_ns: u64) -> PyResult<RoutedRequest> {
+        self.read(head.0.path(), &head.0.routing_headers(), body, now_ns)
     }
 
     #[pyo3(signature = (request, now_ns, allow_failed, /))]

@@ -66,7 +66,7 @@ impl From<http1::Route> for Route {
 }
 
 #[pyclass(module = "warmroute._core", frozen)]
-struct RequestHead(http1::RequestHead);
+pub(super) struct RequestHead(pub(super) http1::RequestHead);
 
 #[pymethods]
 impl RequestHead {
@@ -112,6 +112,12 @@ impl RequestHead {
     #[getter]
     fn keep_alive(&self) -> bool {
         self.0.keep_alive()
+    }
+
+    /// (keep_alive, size, chunked, content_length), which are asked for together.
+    #[getter]
+    fn framing(&self) -> (bool, usize, bool, i64) {
+        (self.keep_alive(), self.size(), self.chunked(), self.content_length())
     }
 
     #[getter]
@@ -211,12 +217,39 @@ impl ResponseHead {
         or_minus_one(self.0.retry_after_seconds())
     }
 
+    /// Head and `rest` as they go to a client of HTTP/1.1 that gets the body in the framing it has; None: it has none, it ends with
+    /// the connection.
+    #[pyo3(signature = (request_id, keep_alive, rest, /))]
+    fn as_it_is<'py>(
+        &self,
+        py: Python<'py>,
+        request_id: &[u8],
+        keep_alive: bool,
+        rest: &[u8],
+    ) -> Option<Bound<'py, PyBytes>> {
+        let chunked = self.0.chunked();
+        if !chunked && self.0.content_length().is_none() {
+            return None;
+        }
+        let mut extra = Vec::with_capacity(request_id.len() + 16);
+        extra.extend_from_slice(b"x-request-id: ");
+        extra.extend_from_slice(request_id);
+        extra.extend_from_slice(b"\r\n");
+        let mut answer = self.0.to_client(&extra, keep_alive, chunked);
+        answer.extend_from_slice(rest);
+        Some(PyBytes::new(py, &answer))
+    }
+
     /// The head to send to the client.
     #[pyo3(signature = (extra, keep_alive, chunked, /))]
     fn to_client<'py>(&self, py: Python<'py>, extra: &[u8], keep_alive: bool, chunked: bool) -> Bound<'py, PyBytes> {
         PyBytes::new(py, &self.0.to_client(extra, keep_alive, chunked))
     }
 }
+
+/// Head, status, reader of the body, what has come of it, -1 while it goes on or else how many bytes were not of this response,
+/// and whether the connection can be used again.
+type BegunResponse<'py> = (Bound<'py, ResponseHead>, u16, Bound<'py, BodyReader>, Bound<'py, PyBytes>, i64, bool);
 
 #[pyclass(module = "warmroute._core", frozen)]
 struct HeadParser(http1::HeadParser);
@@ -241,6 +274,40 @@ impl HeadParser {
     fn response(&self, data: &[u8], head_request: bool) -> PyResult<Option<ResponseHead>> {
         Ok(self.0.response(data, head_request)?.map(ResponseHead))
     }
+
+    /// The response at the start of `data`, behind interim ones; None: more bytes are needed. Raises BadHead(502, ...).
+    #[pyo3(signature = (data, head_request, now_ns, /))]
+    fn begin_response<'py>(
+        &self,
+        py: Python<'py>,
+        mut data: &[u8],
+        head_request: bool,
+        now_ns: u64,
+    ) -> PyResult<Option<BegunResponse<'py>>> {
+        let head = loop {
+            match self.0.response(data, head_request)? {
+                Some(head) if head.status() >= 200 => break head,
+                // It concerns this hop alone.
+                Some(interim) => data = &data[interim.size()..],
+                None => return Ok(None),
+            }
+        };
+        let mut reader = BodyReader::new(if head.chunked() {
+            http1::BodyReader::of_chunks()
+        } else if let Some(length) = head.content_length() {
+            http1::BodyReader::of_length(length)
+        } else {
+            http1::BodyReader::until_eof()
+        });
+        let rest = &data[head.size()..];
+        let (body, surplus) = match usize::try_from(reader.feed(rest, now_ns)?) {
+            Ok(end) => (&rest[..end], (rest.len() - end) as i64),
+            Err(_) => (rest, -1),
+        };
+        let (status, reusable) = (head.status(), head.keep_alive());
+        let reader = Bound::new(py, reader)?;
+        Ok(Some((Bound::new(py, ResponseHead(head))?, status, reader, PyBytes::new(py, body), surplus, reusable)))
+    }
 }
 
 /// Finds the end of a message body in a stream of bytes. The bytes themselves are not touched.
@@ -253,6 +320,12 @@ pub(super) struct BodyReader {
 impl BodyReader {
     pub(super) fn arrivals(&self) -> &http1::Arrivals {
         &self.arrivals
+    }
+
+    /// -1 for what is not found in the last bytes.
+    pub(super) fn tokens(&self) -> (i64, i64, i64) {
+        let usage = self.reader.usage();
+        (or_minus_one(usage.prompt_tokens), or_minus_one(usage.completion_tokens), or_minus_one(usage.cached_tokens))
     }
 
     fn new(reader: http1::BodyReader) -> Self {
@@ -309,8 +382,7 @@ impl BodyReader {
 
     /// (prompt, completion, cached) tokens found in the last bytes of the body; -1 unknown.
     fn usage(&self) -> (i64, i64, i64) {
-        let usage = self.reader.usage();
-        (or_minus_one(usage.prompt_tokens), or_minus_one(usage.completion_tokens), or_minus_one(usage.cached_tokens))
+        self.tokens()
     }
 }
 

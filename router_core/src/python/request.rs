@@ -105,13 +105,21 @@ impl Lease {
         now_ns: u64,
     ) -> PyResult<Bound<'py, PyTuple>> {
         self.0.count_delivery(reused, reader.as_ref().map(|reader| reader.arrivals()));
+        let mut tokens = (prompt_tokens, completion_tokens, cached_tokens);
+        if let Some(reader) = &reader {
+            let found = reader.tokens();
+            tokens.1 = if completion_tokens < 0 { found.1 } else { completion_tokens };
+            if prompt_tokens < 0 {
+                (tokens.0, tokens.2) = (found.0, found.2);
+            }
+        }
         let outcome = Outcome {
             kind: kind.into(),
             status,
             first_byte_ns: u64::try_from(first_byte_ns).ok(),
-            prompt_tokens,
-            completion_tokens,
-            cached_tokens,
+            prompt_tokens: tokens.0,
+            completion_tokens: tokens.1,
+            cached_tokens: tokens.2,
         };
         let transitions = self.0.release(&outcome, now_ns)?;
         PyTuple::new(py, transitions.into_iter().map(Transition))
