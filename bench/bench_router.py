@@ -19,7 +19,7 @@ from pathlib import Path
 import uvloop
 
 from bench.cells import Cell, report
-from bench.contenders import CONTENDERS, Contender, Ports
+from bench.contenders import API_KEY, CONTENDERS, Contender, Ports
 from bench.cpu import Snapshot, resident_bytes, tree, tree_cpu_ns
 from bench.load import Load, closed_loop, open_loop
 from bench.workloads import WORKLOADS, Workload
@@ -143,8 +143,9 @@ class Bench:
         base = f"http://127.0.0.1:{ports.http}"
         process.wait_until_ready(base + "/health", READY_SECONDS)
         probe = json.dumps({"model": "fake-model", "messages": [{"role": "user", "content": "ready?"}]}).encode()
+        headers = {"content-type": "application/json", "authorization": f"Bearer {API_KEY}"}
         deadline = time.monotonic() + READY_SECONDS
-        while request("POST", base + "/v1/chat/completions", probe, {"content-type": "application/json"})[0] != 200:
+        while request("POST", base + "/v1/chat/completions", probe, headers)[0] != 200:
             if time.monotonic() > deadline:
                 raise process.error("did not answer a chat in time")
             time.sleep(0.1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.processes import REPOSITORY
 
+API_KEY = "bench"
 PEERS = REPOSITORY / ".run" / "peers"
 
 
@@ -60,7 +61,7 @@ def _common(ports: Ports, policy: str, workers: Sequence[str], log_level: str) -
     return [
         *("--host", "127.0.0.1", "--port", str(ports.http)),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(ports.prometheus)),
-        *("--policy", policy, "--log-level", log_level, "--worker-urls", *workers),
+        *("--policy", policy, "--log-level", log_level, "--api-key", API_KEY, "--worker-urls", *workers),
     ]
 
 

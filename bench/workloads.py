@@ -4,9 +4,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.contenders import API_KEY
 from bench.load import chat_body, post
 
 CHAT = "/v1/chat/completions"
+KEY = f"authorization: Bearer {API_KEY}\r\n"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def _text(characters: int, seed: int) -> str:
 
 
 def _unary(characters: int, variants: int) -> Callable[[], list[bytes]]:
-    return lambda: [post(CHAT, chat_body(_text(characters, seed))) for seed in range(variants)]
+    return lambda: [post(CHAT, chat_body(_text(characters, seed)), headers=KEY) for seed in range(variants)]
 
 
 def _users(characters: int, users: int, questions: int) -> Callable[[], list[bytes]]:
@@ -48,7 +50,9 @@ def _users(characters: int, users: int, questions: int) -> Callable[[], list[byt
     def build() -> list[bytes]:
         prefixes = [_text(characters, seed) for seed in range(users)]
         requests = [
-            post(CHAT, chat_body(f"{prefix} question {number}")) for prefix in prefixes for number in range(questions)
+            post(CHAT, chat_body(f"{prefix} question {number}"), headers=KEY)
+            for prefix in prefixes
+            for number in range(questions)
         ]
         random.Random(0).shuffle(requests)
         return requests
@@ -57,7 +61,7 @@ def _users(characters: int, users: int, questions: int) -> Callable[[], list[byt
 
 
 def _streams() -> list[bytes]:
-    return [post(CHAT, chat_body(_text(100, seed), stream=True)) for seed in range(64)]
+    return [post(CHAT, chat_body(_text(100, seed), stream=True), headers=KEY) for seed in range(64)]
 
 
 WORKLOADS = {

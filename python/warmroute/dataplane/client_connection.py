@@ -201,46 +201,45 @@ class ClientConnection(asyncio.Protocol):
 
     def _advance(self) -> None:
         """Handle what is in the buffer until an exchange is under way or more bytes are needed."""
+        plane = self._plane
         self._advancing = True  # an exchange that ends at once must not enter here again: pipelined requests would nest
-        self._advance_while_possible()
-        self._advancing = False
-
-    def _advance_while_possible(self) -> None:
         while self._buffer and self._exchange is None and not self._discarding:
             buffer = self._buffer
             try:
-                head = self._plane.parser.request(buffer)
+                head = plane.parser.request(buffer)
             except BadHead as error:
                 self._refuse(*error.args)
-                return
+                break
             if head is None:
-                return
+                break
             keep_alive, size, chunked, length = head.framing
-            self.may_keep_alive = self.keep_alive = keep_alive and not self._plane.is_draining
-            if chunked:
-                self._decoder = ChunkDecoder(self._plane.max_body_bytes)
+            self.may_keep_alive = self.keep_alive = keep_alive and not plane.is_draining
+            end = size + max(length, 0)
+            if not chunked and len(buffer) >= end and length <= plane.max_body_bytes:
+                self._buffer = buffer[end:]
+                self._dispatch(head, buffer[size:end])
+            elif not self._begin_body(head, chunked, length):
+                break
             else:
-                if length > self._plane.max_body_bytes:
-                    self._refuse(413, f"The body is larger than {self._plane.max_body_bytes} bytes")
-                    return
-                if length <= 0:
-                    self._buffer = buffer[size:]
-                    self._dispatch(head, b"")
-                    continue
-                end = size + length
-                if len(buffer) >= end:
-                    body = buffer[size:end]
-                    self._buffer = buffer[end:]
-                    self._dispatch(head, body)
-                    continue
-                self._body_missing = length
-            if not self._has_room(head):
-                return
-            self._head = head
-            self._buffer = b""
-            if head.expect_continue and len(buffer) == size:
-                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._body_received(buffer[size:])
+                self._buffer = b""
+                if head.expect_continue and len(buffer) == size:
+                    self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._body_received(buffer[size:])
+        self._advancing = False
+
+    def _begin_body(self, head: RequestHead, chunked: bool, length: int) -> bool:
+        """Of a request whose body is not all there; whether it may come."""
+        if length > self._plane.max_body_bytes:
+            self._refuse(413, f"The body is larger than {self._plane.max_body_bytes} bytes")
+            return False
+        if not self._has_room(head):
+            return False
+        if chunked:
+            self._decoder = ChunkDecoder(self._plane.max_body_bytes)
+        else:
+            self._body_missing = length
+        self._head = head
+        return True
 
     def _body_received(self, data: bytes) -> None:
         """More of the body of the request whose head is `_head`."""

@@ -26,7 +26,7 @@ from warmroute.retry import RetryBudget, RetryPolicy
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from warmroute._core import Core, RequestHead, Transition
     from warmroute.config import RouterConfig
@@ -222,10 +222,11 @@ class DataPlane:
         known = ", ".join(self.directory.models()) or "none"
         return f"The model {model!r} is not served here; known models: {known}"
 
-    def log_transition(self, transition: Transition) -> None:
-        address = self.directory.address(transition.head)
-        url = address.url if address else f"slot {transition.head}"
-        log.warning("worker %s: %s %s -> %s", url, transition.machine, transition.previous, transition.current)
+    def log_transitions(self, transitions: Iterable[Transition]) -> None:
+        for transition in transitions:
+            address = self.directory.address(transition.head)
+            url = address.url if address else f"slot {transition.head}"
+            log.warning("worker %s: %s %s -> %s", url, transition.machine, transition.previous, transition.current)
 
     def find(self, request_id: str) -> list[tuple[str, str]]:
         """(id of the worker, the request's name there) of the running requests whose `rid` that is, or which their

@@ -389,8 +389,8 @@ class RoutedExchange(Exchange):
         except RegionBusy:
             plane.later(lambda: lease.release(kind, status, first_byte_ns, None, None, prompt, -1, cached, now_ns))
             return
-        for transition in transitions:
-            plane.log_transition(transition)
+        if transitions:
+            plane.log_transitions(transitions)
 
     def _record(
         self, lease: Lease, kind: OutcomeKind, status: int, reader: BodyReader | None, prompt: int, cached: int
@@ -407,13 +407,15 @@ class RoutedExchange(Exchange):
     def _finish(self, status: int) -> None:
         now_ns = monotonic_ns()
         self._request.finish(status, self.first_byte_ns, now_ns)
-        access_log = self._plane.access_log
-        if access_log is not None:
-            access_log.add(self._entry(status, now_ns))
-        self._over()
-        admission = self._plane.admission
-        if admission is not None:
-            self._leave(admission)
+        plane = self._plane
+        if plane.access_log is not None:
+            plane.access_log.add(self._entry(status, now_ns))
+        self.is_over = True
+        self._connection = None
+        plane.exchanges.discard(self)
+        plane.buffered_bytes -= len(self._body)
+        if plane.admission is not None:
+            self._leave(plane.admission)
 
     def _entry(self, status: int, now_ns: int) -> Entry:
         request, accepted_ns = self._request, self.deadline_ns - self._plane.times.request_ns
