@@ -29,7 +29,7 @@ class Workload:
     chunk_seconds: float = 0.0
 
 
-def _text(characters: int, seed: int) -> str:
+def text(characters: int, seed: int) -> str:
     generator = random.Random(seed)
     words = ("".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))) for _ in range(10**9))
     out, length = [], 0
@@ -41,14 +41,14 @@ def _text(characters: int, seed: int) -> str:
 
 
 def _unary(characters: int, variants: int) -> Callable[[], list[bytes]]:
-    return lambda: [post(CHAT, chat_body(_text(characters, seed)), headers=KEY) for seed in range(variants)]
+    return lambda: [post(CHAT, chat_body(text(characters, seed)), headers=KEY) for seed in range(variants)]
 
 
 def _users(characters: int, users: int, questions: int) -> Callable[[], list[bytes]]:
     """Users with one long prefix each, asking different questions in random order."""
 
     def build() -> list[bytes]:
-        prefixes = [_text(characters, seed) for seed in range(users)]
+        prefixes = [text(characters, seed) for seed in range(users)]
         requests = [
             post(CHAT, chat_body(f"{prefix} question {number}"), headers=KEY)
             for prefix in prefixes
@@ -61,7 +61,7 @@ def _users(characters: int, users: int, questions: int) -> Callable[[], list[byt
 
 
 def _streams() -> list[bytes]:
-    return [post(CHAT, chat_body(_text(100, seed), stream=True), headers=KEY) for seed in range(64)]
+    return [post(CHAT, chat_body(text(100, seed), stream=True), headers=KEY) for seed in range(64)]
 
 
 WORKLOADS = {

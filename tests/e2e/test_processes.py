@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections import Counter
@@ -273,3 +274,27 @@ def test_connections_that_alternate_between_paths(fleet: Fleet) -> None:
                 assert answer.status == status, (method, path)
         assert connection.sock is opened
         connection.close()
+
+
+def test_children_end_with_their_supervisor(fleet: Fleet) -> None:
+    router = fleet.router("--processes", "2", workers=fleet.fake_workers(1))
+    pids = children(router)
+    assert len(pids) == 2
+    os.kill(router.process.pid, signal.SIGKILL)
+    eventually("they are gone", lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 2)
+
+
+def test_the_service_manager_is_told(fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sd_notify(3), with the socket that systemd would have made."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        router = fleet.router(workers=fleet.fake_workers(1))
+        assert manager.recv(1000) == b"READY=1"
+        router.process.send(signal.SIGHUP)
+        assert manager.recv(1000).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+        assert manager.recv(1000) == b"READY=1"
+        router.process.send(signal.SIGTERM)
+        assert manager.recv(1000) == b"STOPPING=1"
+        assert router.process.wait(10) == 0
