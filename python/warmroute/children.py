@@ -66,10 +66,10 @@ class Child:
     def send(self, message: dict[str, Any]) -> bool:
         return self._channel.send(message)
 
-    def drain(self, seconds: float, idle_seconds: float = 0.0) -> None:
-        """Finish what runs and end. With `idle_seconds` it leaves new connections to a successor."""
+    def drain(self, seconds: float, *, has_successor: bool = False) -> None:
+        """Finish what runs and end. A successor accepts new connections; without one, they are told to go elsewhere."""
         self.is_leaving = True
-        self.send({"drain": [seconds, idle_seconds]})
+        self.send({"drain": [seconds, has_successor]})
 
     def end(self) -> None:
         """At once, whatever runs."""

@@ -55,10 +55,10 @@ class DataProcess:
     async def run(self) -> int:
         task = self._task
         loop = asyncio.get_running_loop()
-        self._told: asyncio.Queue[tuple[float, float] | None] = asyncio.Queue()
-        """(grace, how long idle connections are kept) of a drain; None: end at once."""
+        self._told: asyncio.Queue[tuple[float, bool] | None] = asyncio.Queue()
+        """(grace, whether somebody else accepts connections from now on) of a drain; None: end at once."""
         grace = task.config.shutdown_grace_period_secs
-        loop.add_signal_handler(signal.SIGTERM, self._told.put_nowait, (grace, 0.0))
+        loop.add_signal_handler(signal.SIGTERM, self._told.put_nowait, (grace, False))
         directory = Directory(Board(task.board), is_writer=False)
         self._plane = plane = DataPlane(task.config, self._core, directory, self._control_upstream, self._shared)
         self._channel = Channel(socket.socket(fileno=task.channel), self._on_message, self._on_end)
@@ -68,11 +68,11 @@ class DataProcess:
         try:
             told = await self._told.get()
             if told is not None:
-                seconds, idle_seconds = told
-                if idle_seconds:  # somebody else accepts from now on
+                grace, has_successor = told
+                if has_successor:
                     for server in servers:
                         server.close()
-                await self._drain(seconds, idle_seconds)
+                await self._drain(grace)
         finally:
             for server in servers:
                 server.close()
@@ -80,9 +80,9 @@ class DataProcess:
             await asyncio.sleep(0)
         return 0
 
-    async def _drain(self, seconds: float, idle_seconds: float) -> None:
+    async def _drain(self, seconds: float) -> None:
         """As long as it takes, or until it is told to end at once."""
-        draining = asyncio.create_task(self._plane.drain(seconds, idle_seconds))
+        draining = asyncio.create_task(self._plane.drain(seconds))
         while not draining.done():
             told = asyncio.create_task(self._told.get())
             await asyncio.wait((draining, told), return_when=asyncio.FIRST_COMPLETED)
@@ -105,8 +105,8 @@ class DataProcess:
 
     def _on_message(self, message: dict[str, Any], sockets: list[socket.socket]) -> None:
         if "drain" in message:
-            seconds, idle_seconds = message["drain"]
-            self._told.put_nowait((seconds, idle_seconds))
+            seconds, has_successor = message["drain"]
+            self._told.put_nowait((seconds, has_successor))
         elif "end" in message:
             self._told.put_nowait(None)
         elif "find" in message:

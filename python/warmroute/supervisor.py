@@ -39,8 +39,6 @@ STUCK_SECONDS = 5.0
 WATCH_SECONDS = 0.5
 # Once it has been told to end, or its time to drain is over.
 END_SECONDS = 2.0
-# For how long a child that drains for its successor keeps connections without a request.
-IDLE_SECONDS = 2.0
 FIND_SECONDS = 1.0
 BUSY_SECONDS = 0.05
 # Two generations that drain, beside the one that serves.
@@ -176,7 +174,7 @@ class Supervisor:
         if await self._ready(new):
             log.info("SIGHUP: %d new processes serve, those before finish what they have", len(new))
             for child in old:
-                child.drain(self._config.shutdown_grace_period_secs, IDLE_SECONDS)
+                child.drain(self._config.shutdown_grace_period_secs, has_successor=True)
             return
         log.error("SIGHUP: new processes did not start, those before go on")
         for child in old:

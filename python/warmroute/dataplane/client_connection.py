@@ -172,7 +172,7 @@ class ClientConnection(asyncio.Protocol):
     def exchange_ended(self) -> None:
         """The response is written whole."""
         self._exchange = None
-        if not self.keep_alive or self._plane.is_draining:
+        if not self.keep_alive:  # and the client was told so; whoever was not may be writing its next request
             self._transport.close()
             return
         self._since_ns = self._plane.second_ns

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 SWEEP_SECONDS = 1.0
 TURN_SECONDS = 0.1
 DRAIN_SECONDS = 0.02
+IDLE_DRAIN_SECONDS = 0.5
 # How long to wait before the region's lock is tried again, when it could not be had.
 BUSY_SECONDS = 0.05
 # Files that are neither a client's connection nor a worker's.
@@ -154,16 +155,14 @@ class DataPlane:
     def active_requests(self) -> int:
         return len(self.exchanges)
 
-    async def drain(self, timeout_seconds: float, idle_seconds: float = 0.0) -> bool:
+    async def drain(self, timeout_seconds: float) -> bool:
         """Let requests finish, those that are still being read included; whether all did in time. What comes on new
-        connections meanwhile is refused.
-
-        `idle_seconds`: how long connections without a request are kept, so that clients that are quick with the next
-        one do not write it into a closed connection; its answer tells them to connect anew.
+        connections meanwhile is refused. Old ones without a request are kept for a moment, so that a client does not
+        write its next one into a closed connection: its answer tells it to connect anew.
         """
         self.is_draining = True
         now = self.loop.time()
-        deadline, idle_deadline = now + timeout_seconds, now + min(idle_seconds, timeout_seconds)
+        deadline, idle_deadline = now + timeout_seconds, now + min(IDLE_DRAIN_SECONDS, timeout_seconds)
         while True:
             now = self.loop.time()
             if now >= idle_deadline:
