@@ -103,6 +103,21 @@ class Lease:
     @property
     def splice(self) -> tuple[int, bytes] | None:
         """(offset into the body, bytes to insert there) for a worker with dp ranks, else None."""
+    @property
+    def terms(self) -> tuple[int, int, tuple[int, bytes] | None]:
+        """(slot, incarnation, splice), which are asked for together."""
+    def complete(
+        self,
+        status: int,
+        first_byte_ns: int,
+        head: ResponseHead,
+        reader: BodyReader,
+        reused: bool,
+        now_ns: int,
+        /,
+    ) -> tuple[Transition, ...] | None:
+        """The answer has arrived whole, and the client has it: `release` with what head and body say, and the request's
+        `finish`. None: no machine moved. Raises RegionBusy: all but the release is done."""
     def release(
         self,
         kind: OutcomeKind,
@@ -364,6 +379,8 @@ class Core:
         """
     def read_request(self, head: RequestHead, body: bytes, now_ns: int, /) -> RoutedRequest:
         """As `read`, of a head that was parsed here."""
+    def route(self, head: RequestHead, body: bytes, now_ns: int, /) -> tuple[RoutedRequest, Lease | None]:
+        """`read_request`, and `select` if that gives a lease at once; if not, ask it again what the matter is."""
     def select(self, request: RoutedRequest, now_ns: int, allow_failed: bool, /) -> Lease | None:
         """Choose a target, raise its load, stamp the prefix. None: nobody is available.
 
@@ -485,6 +502,10 @@ class RequestHead:
         """The first of the configured headers that the client sent with visible ASCII of at most 128 bytes."""
     @property
     def authorization(self) -> bytes | None: ...
+    def bears(self, expected: bytes, /) -> bool:
+        """Whether that is its `authorization`; takes as long for every answer."""
+    def request_id_or(self, prefix: bytes, number: int, /) -> bytes:
+        """`request_id`, else one made of `prefix` and `number`."""
     @property
     def routing_headers(self) -> bytes:
         """The header lines that policies read, as `name: value\\r\\n` with lower-case names; b"" as a rule."""

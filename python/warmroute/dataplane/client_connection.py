@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # A client that pipelines may be this far ahead of the answers before it is made to wait.
 MAX_AHEAD_BYTES = 256 * 1024
+# Probes of orchestrators and monitoring have no credentials; so it is with the peers.
+OPEN_PATHS = frozenset({b"/health", b"/liveness", b"/readiness", b"/metrics", b"/v1/models"})
 OTHER = "other"
 """What counts for methods and paths that clients may have invented."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -292,11 +294,16 @@ class ClientConnection(asyncio.Protocol):
     def _dispatch(self, head: RequestHead, body: bytes) -> None:
         plane = self._plane
         self._has_asked = True
-        if plane.api_key is not None and not plane.may_enter(head):
+        is_routed = head.is_routed
+        if (
+            plane.api_key is not None
+            and not head.bears(plane.expected_authorization)
+            and (is_routed or head.path not in OPEN_PATHS)
+        ):
             self._answer_unasked(head, ErrorCode.UNAUTHORIZED, "A valid API key is needed: authorization: Bearer ...")
             return
         now_ns = monotonic_ns()
-        if head.is_routed:
+        if is_routed:
             if self.came_late:
                 self._answer_unasked(head, ErrorCode.SHUTTING_DOWN, "The router is going away; ask another one")
                 return

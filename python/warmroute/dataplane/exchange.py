@@ -57,7 +57,8 @@ class Exchange:
         self.deadline_ns = now_ns + plane.times.request_ns
         self.first_byte_ns = -1
         self.is_over = False
-        self.request_id = head.request_id or plane.new_request_id()
+        plane.id_count += 1
+        self.request_id = head.request_id_or(plane.id_prefix, plane.id_count & 0xFFFFFFFF)
         self.response: ResponseHead | None = None
 
     # -- what an upstream connection tells

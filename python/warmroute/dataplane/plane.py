@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import os
 import random
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Iterable
 
-    from warmroute._core import Core, RequestHead, Transition
+    from warmroute._core import Core, Transition
     from warmroute.config import RouterConfig
     from warmroute.dataplane.exchange import Exchange
     from warmroute.directory import Directory, WorkerAddress
@@ -44,8 +43,6 @@ BUSY_SECONDS = 0.05
 # Files that are neither a client's connection nor a worker's.
 SPARE_FILES = 64
 MAX_HEAD_BYTES = 64 * 1024
-# Probes of orchestrators and monitoring have no credentials; so it is with the peers.
-OPEN_PATHS = frozenset({b"/health", b"/liveness", b"/readiness", b"/metrics", b"/v1/models"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +113,7 @@ class DataPlane:
         self.api_key = config.api_key
         self.worker_authorization = b"" if config.api_key else None
         """For workers without a key of their own. None: the client's goes through. The router's never leaves it."""
-        self._expected_authorization = b"Bearer " + config.api_key.encode() if config.api_key else b""
+        self.expected_authorization = b"Bearer " + config.api_key.encode() if config.api_key else b""
         path, form = config.access_log, config.access_log_format
         self.access_log = AccessLog(path, form, directory, self.loop) if path else None
         self.keeps_records = self.recorder is not None or self.access_log is not None
@@ -124,6 +121,8 @@ class DataPlane:
         if config.is_limited:
             bell = Doorbell(self.loop, shared.doorbell_fd, self._let_in)
             self.admission = Admission(core, int(config.queue_timeout_secs * 1e9), self._let_in_later, bell)
+        self.decides_at_once = self.admission is None and self.decision_log is None
+        """A request is not looked at between reading it and choosing its worker."""
         self._letting_in: asyncio.Handle | None = None
         self._let_in_at = 0.0
         self.buffered_bytes = 0
@@ -136,8 +135,8 @@ class DataPlane:
         """Under way. An exchange is the only one that adds and removes itself, and its body to `buffered_bytes`."""
         self.pools: dict[str, Pool] = {}
         """By worker."""
-        self._id_prefix = b"req-" + os.urandom(8).hex().encode()
-        self._id_count = 0
+        self.id_prefix = b"req-" + os.urandom(8).hex().encode()
+        self.id_count = 0
 
         async def connect_control(factory: Callable[[], asyncio.Protocol]) -> None:
             await self.loop.create_connection(factory, sock=await control_upstream())
@@ -196,13 +195,9 @@ class DataPlane:
     # -- for the connections and exchanges
 
     def new_request_id(self) -> bytes:
-        self._id_count += 1
-        return b"%b%08x" % (self._id_prefix, self._id_count)
-
-    def may_enter(self, head: RequestHead) -> bool:
-        if not head.is_routed and head.path in OPEN_PATHS:
-            return True
-        return hmac.compare_digest(head.authorization or b"", self._expected_authorization)
+        """For what no exchange is made of."""
+        self.id_count += 1
+        return b"%b%08x" % (self.id_prefix, self.id_count)
 
     def probe(self, route: Route) -> tuple[int, str, bytes]:
         """(status, content type, body) for an orchestrator's probe, from the core alone."""

@@ -56,6 +56,7 @@ class RoutedExchange(Exchange):
         "_request",
         "_retries",
         "_selected_ns",
+        "_splice",
         "_timer",
         "_tokens",
     )
@@ -63,6 +64,7 @@ class RoutedExchange(Exchange):
     _address: WorkerAddress
     _request: RoutedRequest
     _selected_ns: int
+    _splice: tuple[int, bytes] | None
 
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
         Exchange.__init__(self, plane, client, head, body, now_ns)  # what super() costs shows
@@ -87,21 +89,28 @@ class RoutedExchange(Exchange):
         return self._request.rid
 
     def start(self, now_ns: int) -> None:
+        plane = self._plane
+        lease = None
         try:
-            self._request = self._plane.core.read_request(self._head, self._body, now_ns)
+            if plane.decides_at_once:
+                self._request, lease = plane.core.route(self._head, self._body, now_ns)
+            else:
+                self._request = plane.core.read_request(self._head, self._body, now_ns)
         except BadRequest as error:
             message, param = error.args
             self.is_over = True
             self._client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
             return
-        plane = self._plane
         plane.exchanges.add(self)
         plane.buffered_bytes += len(self._body)
         admission = plane.admission
         if admission is None:
             self._is_admitted = True
             plane.retry_budget.requests += 1
-            self._attempt(now_ns, allow_failed=False)
+            if lease is None:
+                self._attempt(now_ns, allow_failed=False)
+            else:
+                self._try(lease, now_ns)
             return
         try:
             if admission.enter(self, now_ns):
@@ -146,7 +155,13 @@ class RoutedExchange(Exchange):
         if lease is None:
             self._nobody(now_ns)
             return
-        address = plane.directory.address(lease.slot, lease.incarnation)
+        self._try(lease, now_ns)
+
+    def _try(self, lease: Lease, now_ns: int) -> None:
+        """A worker is chosen: ask the pool for a connection to it."""
+        plane = self._plane
+        slot, incarnation, self._splice = lease.terms
+        address = plane.directory.address(slot, incarnation)
         if address is None:  # the worker left between the two calls
             lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, now_ns)
             self._failed(Failure.NOT_SENT, ErrorCode.NO_AVAILABLE_WORKERS, "The worker was removed; try again")
@@ -219,12 +234,9 @@ class RoutedExchange(Exchange):
 
     def connected(self, connection: WorkerConnection) -> None:
         self._connection = connection
-        lease = self._lease
-        assert lease is not None
         body = self._body
-        splice = lease.splice
-        if splice is not None:
-            offset, inserted = splice
+        if self._splice is not None:
+            offset, inserted = self._splice
             body = body[:offset] + inserted + body[offset:]
         address = self._address
         authorization = address.authorization or self._plane.worker_authorization
@@ -287,8 +299,7 @@ class RoutedExchange(Exchange):
         status = self.response.status
         if self._ends_with_a_chunk:
             self._end_relay()
-        self._release(OutcomeKind.ANSWERED, status, connection)
-        self._finish(status)
+        self._complete(status, connection)
         self._client.exchange_ended()
 
     def response_broke(self, connection: WorkerConnection, reason: str) -> None:
@@ -392,6 +403,26 @@ class RoutedExchange(Exchange):
         if transitions:
             plane.log_transitions(transitions)
 
+    def _complete(self, status: int, connection: WorkerConnection) -> None:
+        """As `_release` and `_finish`, of an answer that arrived whole and went to the client."""
+        head, reader, lease, first_byte_ns = self.response, connection.reader, self._lease, self.first_byte_ns
+        assert head is not None
+        assert lease is not None
+        self._lease = None
+        plane = self._plane
+        if plane.keeps_records:
+            self._record(lease, OutcomeKind.ANSWERED, status, reader, head.prompt_tokens, head.cached_tokens)
+        now_ns = monotonic_ns()
+        try:
+            transitions = lease.complete(status, first_byte_ns, head, reader, connection.is_reused, now_ns)
+        except RegionBusy:
+            kind = OutcomeKind.ANSWERED
+            plane.later(lambda: lease.release(kind, status, first_byte_ns, None, None, -1, -1, -1, now_ns))
+        else:
+            if transitions:
+                plane.log_transitions(transitions)
+        self._ended(status, now_ns)
+
     def _record(
         self, lease: Lease, kind: OutcomeKind, status: int, reader: BodyReader | None, prompt: int, cached: int
     ) -> None:
@@ -407,6 +438,9 @@ class RoutedExchange(Exchange):
     def _finish(self, status: int) -> None:
         now_ns = monotonic_ns()
         self._request.finish(status, self.first_byte_ns, now_ns)
+        self._ended(status, now_ns)
+
+    def _ended(self, status: int, now_ns: int) -> None:
         plane = self._plane
         if plane.access_log is not None:
             plane.access_log.add(self._entry(status, now_ns))

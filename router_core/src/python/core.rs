@@ -216,6 +216,14 @@ impl Core {
         self.read(head.0.path(), &head.0.routing_headers(), body, now_ns)
     }
 
+    /// `read_request`, and `select` if that gives a lease at once; if not, ask it again what the matter is.
+    #[pyo3(signature = (head, body, now_ns, /))]
+    fn route(&self, head: &RequestHead, body: &[u8], now_ns: u64) -> PyResult<(RoutedRequest, Option<Lease>)> {
+        let request = self.read_request(head, body, now_ns)?;
+        let lease = self.router.select(&request.0, now_ns, false).ok().flatten();
+        Ok((request, lease.map(Lease)))
+    }
+
     #[pyo3(signature = (request, now_ns, allow_failed, /))]
     fn select(&self, request: &RoutedRequest, now_ns: u64, allow_failed: bool) -> PyResult<Option<Lease>> {
         Ok(self.router.select(&request.0, now_ns, allow_failed)?.map(Lease))

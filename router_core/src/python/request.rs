@@ -6,9 +6,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
 use super::enums::{Endpoint, OutcomeKind};
-use super::http1::BodyReader;
+use super::http1::{BodyReader, ResponseHead};
 use super::views::Transition;
-use crate::outcome::Outcome;
+use crate::outcome::{self, Outcome};
 use crate::router;
 
 /// What one scan of a body found. Remembers which workers failed it.
@@ -72,6 +72,12 @@ impl Lease {
         self.0.incarnation()
     }
 
+    /// (slot, incarnation, splice), which are asked for together.
+    #[getter]
+    fn terms<'py>(&self, py: Python<'py>) -> (u16, u64, Option<(usize, Bound<'py, PyBytes>)>) {
+        (self.slot(), self.incarnation(), self.splice(py))
+    }
+
     #[getter]
     fn match_bytes(&self) -> u32 {
         self.0.match_bytes()
@@ -123,6 +129,41 @@ impl Lease {
         };
         let transitions = self.0.release(&outcome, now_ns)?;
         PyTuple::new(py, transitions.into_iter().map(Transition))
+    }
+
+    /// The answer has arrived whole, and the client has it: `release` and the request's `finish`.
+    #[pyo3(signature = (status, first_byte_ns, head, reader, reused, now_ns, /))]
+    #[allow(clippy::too_many_arguments)]
+    fn complete<'py>(
+        &self,
+        py: Python<'py>,
+        status: u16,
+        first_byte_ns: u64,
+        head: &ResponseHead,
+        reader: PyRef<'_, BodyReader>,
+        reused: bool,
+        now_ns: u64,
+    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        self.0.count_delivery(Some(reused), Some(reader.arrivals()));
+        let found = reader.tokens();
+        let given = (head.0.prompt_tokens(), head.0.cached_tokens());
+        let as_number = |tokens: Option<u64>| tokens.and_then(|tokens| i64::try_from(tokens).ok()).unwrap_or(-1);
+        let (prompt_tokens, cached_tokens) =
+            if given.0.is_some() { (as_number(given.0), as_number(given.1)) } else { (found.0, found.2) };
+        let outcome = Outcome {
+            kind: outcome::OutcomeKind::Answered,
+            status,
+            first_byte_ns: Some(first_byte_ns),
+            prompt_tokens,
+            completion_tokens: found.1,
+            cached_tokens,
+        };
+        self.0.request().finish(status, Some(first_byte_ns), now_ns);
+        let transitions = self.0.release(&outcome, now_ns)?;
+        if transitions.is_empty() {
+            return Ok(None);
+        }
+        PyTuple::new(py, transitions.into_iter().map(Transition)).map(Some)
     }
 }
 

@@ -58,6 +58,11 @@ impl Lease {
         self.terms.incarnation
     }
 
+    /// Whose it is.
+    pub fn request(&self) -> &Arc<Request> {
+        &self.request
+    }
+
     /// Bytes of the prompt that the target is taken to hold.
     pub fn match_bytes(&self) -> u32 {
         self.terms.match_bytes
