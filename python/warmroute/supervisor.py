@@ -14,21 +14,20 @@ from collections.abc import Coroutine
 from time import monotonic_ns
 from typing import Any
 
-from warmroute._core import Core, RegionBusy
+from warmroute._core import RegionBusy
 from warmroute.channel import channel_pair
 from warmroute.child_task import ChildTask, write_task
 from warmroute.children import Child, ChildRecord, ending, spawn
 from warmroute.command_line import Settings
 from warmroute.control.control_plane import ControlPlane
 from warmroute.directory import Directory
-from warmroute.directory_board import Board
-from warmroute.engine import build_core
-from warmroute.listening import clients_sockets, metrics_sockets
 from warmroute.process import CannotStart
 from warmroute.reexecution import Handover, handed_over, reexecute, take_signals, why_not
+from warmroute.request_search import RequestSearch
 from warmroute.restarts import Restarts
 from warmroute.service_manager import notify, notify_reloading
-from warmroute.startup import check_files, log_start, new_core, with_seeds
+from warmroute.shared import Shared, new_shared, shared_again
+from warmroute.startup import check_files, log_start, with_seeds
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +38,7 @@ STUCK_SECONDS = 5.0
 WATCH_SECONDS = 0.5
 # Once it has been told to end, or its time to drain is over.
 END_SECONDS = 2.0
-FIND_SECONDS = 1.0
 BUSY_SECONDS = 0.05
-# Two generations that drain, beside the one that serves.
-GENERATIONS = 3
 
 
 async def serve(settings: Settings, *, may_reexecute: bool) -> int:
@@ -50,59 +46,9 @@ async def serve(settings: Settings, *, may_reexecute: bool) -> int:
     handover = handed_over()
     settings = settings.with_drawn(**handover.seeds) if handover else with_seeds(settings)
     check_files(settings.config)
-    shared = _resumed(settings, handover) if handover else _started(settings)
+    shared = shared_again(settings, handover) if handover else new_shared(settings)
     supervisor = Supervisor(settings, shared, may_reexecute=may_reexecute)
     return await supervisor.run(handover)
-
-
-class Shared:
-    """What outlives every process of the router: memory and sockets."""
-
-    def __init__(
-        self,
-        core: Core,
-        columns: int,
-        board: Board,
-        doorbell: int,
-        start_ns: int,
-        listeners: list[list[socket.socket]],
-        metrics: list[socket.socket],
-    ) -> None:
-        """`columns`: processes that the region has room for, this one included."""
-        self.core, self.columns, self.board, self.doorbell = core, columns, board, doorbell
-        self.start_ns, self.listeners, self.metrics = start_ns, listeners, metrics
-
-
-def _started(settings: Settings) -> Shared:
-    """Raises CannotStart."""
-    config = settings.config
-    columns = 1 + GENERATIONS * config.processes
-    core = new_core(settings, columns)
-    for fd in (core.region_fd, core.slab_fd):
-        assert fd is not None
-        os.set_inheritable(fd, False)
-    doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-    listeners = clients_sockets(config, config.processes)
-    return Shared(core, columns, Board(), doorbell, monotonic_ns(), listeners, metrics_sockets(config))
-
-
-def _resumed(settings: Settings, handover: Handover) -> Shared:
-    """Raises CannotStart."""
-    try:
-        core = build_core(settings.config, processes=handover.columns, region_fd=handover.region, slab_fd=handover.slab)
-    except OSError as error:
-        raise CannotStart(f"cannot go on with the memory of the program before: {error}") from None
-    for child in handover.children:
-        core.watch_slab(child.process, child.slab_fd)
-    return Shared(
-        core,
-        handover.columns,
-        Board(handover.board),
-        handover.doorbell,
-        handover.start_ns,
-        [[socket.socket(fileno=fd) for fd in seat] for seat in handover.listeners],
-        [socket.socket(fileno=fd) for fd in handover.metrics],
-    )
 
 
 class Supervisor:
@@ -112,16 +58,15 @@ class Supervisor:
         self._shared = shared
         self._core = shared.core
         self._may_reexecute = may_reexecute
-        self._control = ControlPlane(settings, shared.core, Directory(shared.board), shared.metrics, self._find_request)
         self._children: dict[int, Child] = {}
         """By process."""
+        self._search = RequestSearch(self._children)
+        self._control = ControlPlane(settings, shared.core, Directory(shared.board), shared.metrics, self._search.find)
         self._restarts = [Restarts() for _ in shared.listeners]
         """By seat."""
         self._is_starting = True
         self._is_stopping = False
         self._changed = asyncio.Event()
-        self._finding: dict[int, tuple[asyncio.Future[None], set[int], list[tuple[str, str]]]] = {}
-        self._tickets = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
 
@@ -243,16 +188,12 @@ class Supervisor:
             child.is_ready = True
             self._changed.set()
         elif "found" in message:
-            ticket, found = message["found"]
-            if ticket in self._finding:
-                self._finding[ticket][2].extend((worker_id, name) for worker_id, name in found)
-                self._answered(ticket, child.process)
+            self._search.found(child.process, *message["found"])
 
     def _on_end(self, child: Child, status: int) -> None:
         del self._children[child.process]
         self._changed.set()
-        for ticket in list(self._finding):
-            self._answered(ticket, child.process)
+        self._search.gone(child.process)
         self._retire(child)
         if child.is_leaving or self._is_stopping:
             if status:
@@ -305,31 +246,6 @@ class Supervisor:
                 still_seconds,
             )
             child.kill()
-
-    async def _find_request(self, request_id: str) -> list[tuple[str, str]]:
-        """Asks everybody who serves; for `FIND_SECONDS` at most."""
-        self._tickets += 1
-        ticket = self._tickets
-        future = asyncio.get_running_loop().create_future()
-        asked = {child.process for child in self._children.values() if child.send({"find": [ticket, request_id]})}
-        if not asked:
-            return []
-        found: list[tuple[str, str]] = []
-        self._finding[ticket] = (future, asked, found)
-        try:
-            async with asyncio.timeout(FIND_SECONDS):
-                await future
-        except TimeoutError:
-            log.warning("not every process has said whether it has request %s", request_id)
-        finally:
-            del self._finding[ticket]
-        return found
-
-    def _answered(self, ticket: int, process: int) -> None:
-        future, asked, _ = self._finding[ticket]
-        asked.discard(process)
-        if not asked and not future.done():
-            future.set_result(None)
 
     # -- endings
 

@@ -13,7 +13,8 @@ ROUTER_LAYERS = [
     {"warmroute.launch_router", "warmroute.launch_server", "warmroute.worker_processes"},
     {"warmroute.app"},
     {"warmroute.supervisor", "warmroute.one_process", "warmroute.data_process"},
-    {"warmroute.control", "warmroute.dataplane", "warmroute.reexecution", "warmroute.startup"},
+    {"warmroute.control", "warmroute.dataplane", "warmroute.request_search", "warmroute.shared"},
+    {"warmroute.reexecution", "warmroute.startup"},
     {"warmroute.children", "warmroute.child_task", "warmroute.channel", "warmroute.engine", "warmroute.listening"},
     {
         "warmroute.retry",

@@ -1,4 +1,4 @@
-"""A request for a worker: choose, send, commit, relay, account; and what follows when an attempt fails.
+"""A request for a worker: choose, send, commit, relay; and what follows when an attempt fails.
 
 The commit point is the first byte written to the client. Before it a failure may go elsewhere (`warmroute.retry` says
 when), after it never. Every attempt holds one lease, released where the body of its response ends, whatever happens.
@@ -11,9 +11,8 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from warmroute._core import BadRequest, OutcomeKind, RegionBusy, UnknownModel
-from warmroute.dataplane.access_log import Entry
 from warmroute.dataplane.admission import QueueFull
-from warmroute.dataplane.exchange import Exchange
+from warmroute.dataplane.leased_exchange import LeasedExchange
 from warmroute.dataplane.pool import ConnectFailure
 from warmroute.errors import ErrorCode, stream_error
 from warmroute.retry import RETRYABLE_STATUSES, Failure, Retries
@@ -22,71 +21,30 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from warmroute._core import BodyReader, Lease, RequestHead, ResponseHead, RoutedRequest
-    from warmroute.dataplane.admission import Admission
+    from warmroute._core import Lease, RequestHead, ResponseHead
     from warmroute.dataplane.client_connection import ClientConnection
     from warmroute.dataplane.plane import DataPlane
     from warmroute.dataplane.worker_connection import WorkerConnection
-    from warmroute.directory import WorkerAddress
 
 log = logging.getLogger(__name__)
 
 # Statuses that may be retried come with small bodies; one that is larger is relayed at once.
 MAX_HELD_BODY_BYTES = 64 * 1024
 CLIENT_CLOSED_REQUEST = 499
-OUTCOME_NAMES = {
-    OutcomeKind.ANSWERED: "answered",
-    OutcomeKind.CONNECT_FAILED: "connect_failed",
-    OutcomeKind.NO_ANSWER: "no_answer",
-    OutcomeKind.BROKEN_STREAM: "broken_stream",
-    OutcomeKind.CANCELLED: "cancelled",
-}
 
 
-class RoutedExchange(Exchange):
-    __slots__ = (
-        "_address",
-        "_attempts",
-        "_failure",
-        "_held",
-        "_held_head",
-        "_is_admitted",
-        "_lease",
-        "_not_before_ns",
-        "_request",
-        "_retries",
-        "_selected_ns",
-        "_splice",
-        "_timer",
-        "_tokens",
-    )
+class RoutedExchange(LeasedExchange):
+    __slots__ = ("_failure", "_held", "_not_before_ns", "_retries", "_splice", "_timer")
 
-    _address: WorkerAddress
-    _request: RoutedRequest
-    _selected_ns: int
     _splice: tuple[int, bytes] | None
 
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
-        Exchange.__init__(self, plane, client, head, body, now_ns)  # what super() costs shows
-        self._attempts = 0
+        LeasedExchange.__init__(self, plane, client, head, body, now_ns)  # what super() costs shows
         self._not_before_ns = 0
-        self._tokens = (-1, -1, -1)
-        self._lease: Lease | None = None
-        self._is_admitted = False
         self._retries: Retries | None = None
         self._failure: tuple[ErrorCode, str] | None = None
         self._held: list[bytes] | None = None  # body of an answer that may still be replaced by another worker's
-        self._held_head: ResponseHead | None = None
         self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def worker_id(self) -> str | None:
-        """Who has it now."""
-        return self._address.worker_id if self._lease is not None else None
-
-    @property
-    def rid(self) -> str | None:
-        return self._request.rid
 
     def start(self, now_ns: int) -> None:
         plane = self._plane
@@ -375,105 +333,6 @@ class RoutedExchange(Exchange):
             connection.abort()
             self._connection = None
         self._release(kind, 0, connection if self.response is not None else None)
-
-    # -- accounts
-
-    def _release(self, kind: OutcomeKind, status: int, connection: WorkerConnection | None) -> None:
-        """Give the lease back with what is known; the core says which machines moved."""
-        lease = self._lease
-        if lease is None:
-            return
-        self._lease = None
-        prompt = cached = -1
-        reader = reused = None
-        if connection is not None:
-            head = self.response or self._held_head
-            reader, reused = connection.reader, connection.is_reused
-            if head is not None:
-                prompt, cached = head.prompt_tokens, head.cached_tokens
-        plane = self._plane
-        if plane.keeps_records:
-            self._record(lease, kind, status, reader, prompt, cached)
-        first_byte_ns, now_ns = self.first_byte_ns, monotonic_ns()
-        try:
-            transitions = lease.release(kind, status, first_byte_ns, reader, reused, prompt, -1, cached, now_ns)
-        except RegionBusy:
-            plane.later(lambda: lease.release(kind, status, first_byte_ns, None, None, prompt, -1, cached, now_ns))
-            return
-        if transitions:
-            plane.log_transitions(transitions)
-
-    def _complete(self, status: int, connection: WorkerConnection) -> None:
-        """As `_release` and `_finish`, of an answer that arrived whole and went to the client."""
-        head, reader, lease, first_byte_ns = self.response, connection.reader, self._lease, self.first_byte_ns
-        assert head is not None
-        assert lease is not None
-        self._lease = None
-        plane = self._plane
-        if plane.keeps_records:
-            self._record(lease, OutcomeKind.ANSWERED, status, reader, head.prompt_tokens, head.cached_tokens)
-        now_ns = monotonic_ns()
-        try:
-            transitions = lease.complete(status, first_byte_ns, head, reader, connection.is_reused, now_ns)
-        except RegionBusy:
-            kind = OutcomeKind.ANSWERED
-            plane.later(lambda: lease.release(kind, status, first_byte_ns, None, None, -1, -1, -1, now_ns))
-        else:
-            if transitions:
-                plane.log_transitions(transitions)
-        self._ended(status, now_ns)
-
-    def _record(
-        self, lease: Lease, kind: OutcomeKind, status: int, reader: BodyReader | None, prompt: int, cached: int
-    ) -> None:
-        found = reader.usage() if reader is not None else (-1, -1, -1)
-        self._tokens = (prompt, found[1], cached) if prompt >= 0 else found
-        recorder = self._plane.recorder
-        if recorder is not None:
-            name = OUTCOME_NAMES[kind]
-            recorder.record(
-                self._request, lease, self._address, name, status, self._selected_ns, self.first_byte_ns, self._tokens
-            )
-
-    def _finish(self, status: int) -> None:
-        now_ns = monotonic_ns()
-        self._request.finish(status, self.first_byte_ns, now_ns)
-        self._ended(status, now_ns)
-
-    def _ended(self, status: int, now_ns: int) -> None:
-        plane = self._plane
-        if plane.access_log is not None:
-            plane.access_log.add(self._entry(status, now_ns))
-        self.is_over = True
-        self._connection = None
-        plane.exchanges.discard(self)
-        plane.buffered_bytes -= len(self._body)
-        if plane.admission is not None:
-            self._leave(plane.admission)
-
-    def _entry(self, status: int, now_ns: int) -> Entry:
-        request, accepted_ns = self._request, self.deadline_ns - self._plane.times.request_ns
-        first_byte_ns = self.first_byte_ns
-        return Entry(
-            request_id=self.request_id,
-            path=self._head.path,
-            model=request.model,
-            stream=request.stream,
-            status=status,
-            worker_id=self._address.worker_id if self._attempts else None,
-            attempts=self._attempts,
-            prompt_bytes=request.prompt_bytes,
-            tokens=self._tokens,
-            first_byte_ns=first_byte_ns - accepted_ns if first_byte_ns >= 0 else None,
-            duration_ns=now_ns - accepted_ns,
-        )
-
-    def _leave(self, admission: Admission) -> None:
-        if self._is_admitted:
-            self._is_admitted = False
-            self._plane.surely(admission.leave)
-        else:
-            self._plane.surely(lambda: admission.withdraw(self))
 
     def _answer_error(self, code: ErrorCode, message: str, param: str | None = None) -> None:
         self._finish(code.status)
