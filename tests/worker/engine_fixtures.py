@@ -1,4 +1,4 @@
-"""Tiny Llamas made with transformers, what transformers makes of them, and how to run ours over prompts."""
+"""Tiny models made with transformers, what transformers makes of them, and how to run ours over prompts."""
 
 from __future__ import annotations
 
@@ -35,35 +35,47 @@ class Reference:
     """Between the two largest logits, over all steps: below the engines' difference, equality would be luck."""
 
 
-def llama_config(**changes: Any) -> Any:
-    """Weights are drawn with a standard deviation of 0.25: with the usual 0.02 a model without positions passes."""
-    from transformers import LlamaConfig
-
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.25,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "attn_implementation": "eager",
-    }
-    return LlamaConfig(**(settings | changes))
+# Weights are drawn with a standard deviation of 0.25: with the usual 0.02 a model without positions passes.
+SETTINGS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
 
 
-def make_llama(folder: Path, seed: int = 0, **changes: Any) -> Any:
-    """Save a random Llama into `folder` and return transformers' own."""
-    from transformers import LlamaForCausalLM
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": None},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+    "Qwen2Moe": MOE | {"shared_expert_intermediate_size": 64, "norm_topk_prob": True},
+    "Qwen3Moe": MOE | {"head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": []},
+}
+"""What transformers' configuration of a family needs beside the numbers that all have."""
+
+
+def make_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Any:
+    """Save a random model into `folder` and return transformers' own."""
+    import transformers
 
     torch.manual_seed(seed)
-    model: Any = LlamaForCausalLM(llama_config(**changes))
+    settings = SETTINGS | FAMILIES[family] | changes
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model: Any = getattr(transformers, f"{family}ForCausalLM")(config)
     model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -74,8 +86,14 @@ def make_llama(folder: Path, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def make_reference(folder: Path, seed: int = 0, lengths: Sequence[int] = PROMPT_LENGTHS, **changes: Any) -> Reference:
-    model = make_llama(folder, seed, **changes)
+def make_llama(folder: Path, seed: int = 0, **changes: Any) -> Any:
+    return make_model(folder, "Llama", seed, **changes)
+
+
+def make_reference(
+    folder: Path, seed: int = 0, lengths: Sequence[int] = PROMPT_LENGTHS, family: str = "Llama", **changes: Any
+) -> Reference:
+    model = make_model(folder, family, seed, **changes)
     draw = random.Random(seed)
     prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
     answers, gaps = [], []

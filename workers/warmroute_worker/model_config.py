@@ -14,7 +14,15 @@ from warmroute_worker.startup_error import StartupError
 if TYPE_CHECKING:
     from pathlib import Path
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 ROPE_TYPES = ("default", "linear", "llama3")
 QUANT_METHODS = ("int8_per_channel",)
 
@@ -36,6 +44,25 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """A layer's MLP as a choice of experts."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    """Of each expert."""
+    normalised: bool
+    """The chosen experts' weights sum to one."""
+    shared_intermediate_size: int
+    """Of the expert that every token goes through, behind a gate of its own; 0: there is none."""
+    dense_layers: frozenset[int]
+    """Layers that have an ordinary MLP."""
+    module: str
+    """What the checkpoint calls the block, and gate, up and down projection of an expert."""
+    projections: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The numbers of a decoder-only transformer. Sizes are in elements."""
 
@@ -52,8 +79,13 @@ class ModelConfig:
     rope: RopeConfig
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool
+    """Of the attention's output projection."""
     mlp_bias: bool
+    query_key_norm: bool
+    """Each head's query and key are normed before they are turned."""
+    moe: MoeConfig | None
     eos_token_ids: tuple[int, ...]
     dtype: str
     """What the checkpoint was made in: float32, bfloat16 or float16."""
@@ -102,6 +134,8 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def _parse(raw: dict[str, Any], architectures: tuple[str, ...], eos_token_ids: tuple[int, ...]) -> ModelConfig:
     hidden_size = _size(raw, "hidden_size")
+    family = next(name for name in architectures if name in SUPPORTED_ARCHITECTURES).removesuffix("ForCausalLM")
+    num_layers = _size(raw, "num_hidden_layers")
     num_heads = _size(raw, "num_attention_heads")
     num_kv_heads = _size(raw, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -122,21 +156,72 @@ def _parse(raw: dict[str, Any], architectures: tuple[str, ...], eos_token_ids: t
         vocab_size=_size(raw, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_size(raw, "intermediate_size"),
-        num_layers=_size(raw, "num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope=_rope(raw),
-        max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
+        max_position_embeddings=_context(raw, family),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        qkv_bias=_qkv_bias(raw, family),
+        output_bias=family in ("Llama", "Qwen3", "Qwen3Moe") and bool(raw.get("attention_bias", False)),
+        mlp_bias=family == "Llama" and bool(raw.get("mlp_bias", False)),
+        query_key_norm=family.startswith("Qwen3"),
+        moe=_moe(raw, family, num_layers),
         eos_token_ids=eos_token_ids,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         initializer_range=float(raw.get("initializer_range", 0.02)),
         quant_method=quant_method,
     )
+
+
+def _qkv_bias(raw: dict[str, Any], family: str) -> bool:
+    """Qwen2 has it without saying so, Qwen2-MoE may say `qkv_bias`, Mistral and Mixtral never have it."""
+    if family.startswith("Qwen2"):
+        return bool(raw.get("qkv_bias", True))
+    return family in ("Llama", "Qwen3", "Qwen3Moe") and bool(raw.get("attention_bias", False))
+
+
+def _context(raw: dict[str, Any], family: str) -> int:
+    """Tokens. A sliding window makes no difference to a context that fits into it; longer ones are not served."""
+    longest = _size(raw, "max_position_embeddings", 2048)
+    slides = raw.get("use_sliding_window", False) if family.startswith("Qwen") else True
+    window = raw.get("sliding_window") if slides and family != "Llama" else None
+    return longest if window is None else min(longest, int(window))
+
+
+def _moe(raw: dict[str, Any], family: str, num_layers: int) -> MoeConfig | None:
+    if family == "Mixtral":
+        return MoeConfig(
+            num_experts=_num_experts(raw),
+            experts_per_token=_size(raw, "num_experts_per_tok"),
+            intermediate_size=_size(raw, "intermediate_size"),
+            normalised=True,
+            shared_intermediate_size=0,
+            dense_layers=frozenset(),
+            module="block_sparse_moe",
+            projections=("w1", "w3", "w2"),
+        )
+    if not family.endswith("Moe"):
+        return None
+    step = _size(raw, "decoder_sparse_step", 1)
+    listed = raw.get("mlp_only_layers") or ()
+    return MoeConfig(
+        num_experts=_num_experts(raw),
+        experts_per_token=_size(raw, "num_experts_per_tok"),
+        intermediate_size=_size(raw, "moe_intermediate_size"),
+        normalised=bool(raw.get("norm_topk_prob", False)),
+        shared_intermediate_size=_size(raw, "shared_expert_intermediate_size") if family == "Qwen2Moe" else 0,
+        dense_layers=frozenset(i for i in range(num_layers) if i in listed or (i + 1) % step),
+        module="mlp",
+        projections=("gate_proj", "up_proj", "down_proj"),
+    )
+
+
+def _num_experts(raw: dict[str, Any]) -> int:
+    """The two names have changed places between versions of transformers."""
+    return _size(raw, "num_experts" if raw.get("num_experts") is not None else "num_local_experts")
 
 
 def _rope(raw: dict[str, Any]) -> RopeConfig:

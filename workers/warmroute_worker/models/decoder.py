@@ -1,6 +1,7 @@
 """The decoder of the Llama family: pre-norm attention with rotary positions and grouped queries, then a gated MLP.
 
-Mistral and Qwen differ in a bias, a norm of queries and keys, or the MLP; they belong into this file.
+Llama, Mistral, Mixtral, Qwen2, Qwen3 and their mixtures of experts differ in biases, in a norm of queries and keys, and
+in what the MLP is: `ModelConfig` says which.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from warmroute_worker.layers.linear import Embedding, Linear, RmsNorm, silu_and_multiply
+from warmroute_worker.layers.experts import GatedMlp, MixtureOfExperts
+from warmroute_worker.layers.linear import Embedding, Linear, RmsNorm
 from warmroute_worker.layers.rope import RotaryEmbedding
 
 if TYPE_CHECKING:
@@ -56,24 +58,30 @@ class DecoderLayer:
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         projections = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
         self._attention_norm = RmsNorm(source, f"{name}.input_layernorm", hidden, eps)
-        self._qkv = Linear(source, projections, hidden, [query_size, kv_size, kv_size], config.attention_bias)
-        self._output = Linear(source, [f"{name}.self_attn.o_proj"], query_size, [hidden], config.attention_bias)
+        self._qkv = Linear(source, projections, hidden, [query_size, kv_size, kv_size], config.qkv_bias)
+        self._output = Linear(source, [f"{name}.self_attn.o_proj"], query_size, [hidden], config.output_bias)
+        self._head_norms: tuple[RmsNorm, RmsNorm] | None = None
+        if config.query_key_norm:
+            query_norm, key_norm = (RmsNorm(source, f"{name}.self_attn.{x}_norm", config.head_dim, eps) for x in "qk")
+            self._head_norms = query_norm, key_norm
         self._mlp_norm = RmsNorm(source, f"{name}.post_attention_layernorm", hidden, eps)
-        self._gate_up = Linear(
-            source,
-            [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"],
-            hidden,
-            [config.intermediate_size] * 2,
-            config.mlp_bias,
-        )
-        self._down = Linear(source, [f"{name}.mlp.down_proj"], config.intermediate_size, [hidden], config.mlp_bias)
+        self._mlp: GatedMlp | MixtureOfExperts
+        moe = config.moe
+        if moe is None or index in moe.dense_layers:
+            self._mlp = GatedMlp(source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias)
+        else:
+            self._mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe)
 
     def __call__(
         self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
     ) -> torch.Tensor:
         heads, kv_heads = self._num_heads, self._num_kv_heads
         qkv = self._qkv(self._attention_norm(x)).view(len(x), heads + 2 * kv_heads, self._head_dim)
-        turned = rope.rotate(qkv[:, : heads + kv_heads], cos_sin)
+        unturned = qkv[:, : heads + kv_heads]
+        if self._head_norms is not None:
+            query_norm, key_norm = self._head_norms
+            unturned = torch.cat((query_norm(qkv[:, :heads]), key_norm(qkv[:, heads : heads + kv_heads])), dim=1)
+        turned = rope.rotate(unturned, cos_sin)
         seen = attention.attend(self._index, turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :], batch)
         x = x + self._output(seen)
-        return x + self._down(silu_and_multiply(self._gate_up(self._mlp_norm(x))))
+        return x + self._mlp(self._mlp_norm(x))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from warmroute_worker.model_config import SUPPORTED_ARCHITECTURES
 from warmroute_worker.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from warmroute_worker.model_config import ModelConfig
     from warmroute_worker.weights.source import WeightSource
 
-_CLASSES = {"LlamaForCausalLM": Decoder}
+_CLASSES = dict.fromkeys(SUPPORTED_ARCHITECTURES, Decoder)
 
 
 def build(config: ModelConfig, source: WeightSource, context_length: int) -> Decoder:
