@@ -56,6 +56,20 @@ SETTINGS: dict[str, Any] = {
 
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
 
+MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {"sliding_window": None},
@@ -63,6 +77,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 16},
     "Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
     "Qwen2Moe": MOE | {"shared_expert_intermediate_size": 64, "norm_topk_prob": True},
+    "DeepseekV2": MLA | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    "DeepseekV3": MLA | {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
     "Qwen3Moe": MOE | {"head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": []},
 }
 """What transformers' configuration of a family needs beside the numbers that all have."""
@@ -82,6 +98,9 @@ def make_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Any:
             # Fresh norms are one and fresh biases zero, so that leaving them out would go unnoticed.
             if name.endswith(("norm.weight", "bias")):
                 parameter += 0.25 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.25 * torch.randn_like(buffer)
     model.save_pretrained(folder)
     return model
 

@@ -308,10 +308,10 @@ def _no_final_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _swapped_gate_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from warmroute_worker.layers import linear
-    from warmroute_worker.models import decoder
+    from warmroute_worker.layers import experts
 
     real = linear.silu_and_multiply
-    monkeypatch.setattr(decoder, "silu_and_multiply", lambda x: real(torch.cat(x.chunk(2, -1)[::-1], -1)))
+    monkeypatch.setattr(experts, "silu_and_multiply", lambda x: real(torch.cat(x.chunk(2, -1)[::-1], -1)))
 
 
 def _wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:

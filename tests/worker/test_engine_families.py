@@ -5,10 +5,12 @@ And the other way round: a part of a family that is left out or mixed up is seen
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.worker.engine_fixtures import (
     FAMILIES,
@@ -29,6 +31,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 OTHERS = [family for family in FAMILIES if family != "Llama"]  # test_engine_exact.py has that one in every detail
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uneven sizes": (
@@ -47,6 +59,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "some layers dense": ("Qwen2Moe", {"decoder_sparse_step": 2}),
     "listed layers dense": ("Qwen3Moe", {"mlp_only_layers": [0]}),
     "one expert each": ("Mixtral", {"num_experts_per_tok": 1}),
+    "queries through a rank": ("DeepseekV2", {"q_lora_rank": 24}),
+    "groups by their best": (
+        "DeepseekV2",
+        {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
+    ),
+    "yarn": ("DeepseekV3", {"rope_parameters": YARN}),
+    "yarn with one mscale": ("DeepseekV2", {"rope_parameters": YARN | {"mscale": None, "mscale_all_dim": None}}),
+    "yarn elsewhere": ("Qwen3", {"rope_parameters": YARN | {"mscale": None, "mscale_all_dim": None}}),
+    "pairs apart": ("DeepseekV3", {"rope_interleave": False}),
+    "biases and three shared": ("DeepseekV3", {"attention_bias": True, "n_shared_experts": 3}),
     "a window that is wide enough": ("Mistral", {"sliding_window": 300}),
 }
 
@@ -102,8 +124,45 @@ def test_a_window_ends_the_context(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
-    with pytest.raises(ModelError, match=r"GPT2LMHeadModel is not supported; supported: Llama.*Qwen3MoeForCausalLM"):
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel is not supported; supported: Deepseek.*Qwen3MoeForCausalLM"):
         read(tmp_path)
+
+
+def test_a_latent_row_is_all_that_is_cached(tmp_path: Path) -> None:
+    make_model(tmp_path, "DeepseekV3")
+    engine = load_engine(tmp_path, max_total_tokens=1024, page_size=16)
+    executor = engine._executor
+    assert isinstance(executor, InProcessExecutor)
+    # (latent rank + turned part) x 4 bytes x layers, whatever the heads.
+    assert executor.facts.kv_pool_bytes == executor.facts.num_pages * 16 * (32 + 8) * 4 * 3
+    assert executor.pool.data.shape[1] == 1
+
+
+def test_fp8_blocks_are_dequantised(tmp_path: Path) -> None:
+    """A checkpoint as DeepSeek-V3 ships it against the same numbers in float32."""
+    folder, plain = tmp_path / "fp8", tmp_path / "plain"
+    make_model(plain, "DeepseekV3")
+    make_model(folder, "DeepseekV3")
+    block = 24  # cuts blocks off at the edges of 64 and 128 rows
+    tensors = load_file(folder / "model.safetensors")
+    stored, exact = {}, {}
+    for name, tensor in tensors.items():
+        exact[name] = tensor
+        stored[name] = tensor
+        if tensor.dim() == 2 and "proj" in name:
+            rows, columns = (-(-size // block) for size in tensor.shape)
+            scale = torch.rand(rows, columns) + 0.5
+            spread = scale.repeat_interleave(block, 0)[: len(tensor)].repeat_interleave(block, 1)[:, : tensor.shape[1]]
+            stored[name] = (tensor / spread).to(torch.float8_e4m3fn)
+            stored[name + "_scale_inv"] = scale
+            exact[name] = stored[name].float() * spread
+    save_file(stored, folder / "model.safetensors")
+    save_file(exact, plain / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config))
+    prompts = [[(7 * n + 3 * k * k + k) % 320 for k in range(20)] for n in range(3)]
+    assert answers(greedy(load_engine(folder), prompts)) == answers(greedy(load_engine(plain), prompts))
 
 
 # ---- can these tests fail?
@@ -157,6 +216,29 @@ def _no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "linear", lambda x, weight, bias=None: real(x, weight))
 
 
+def _no_score_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = MixtureOfExperts._route
+
+    def wrong(self: MixtureOfExperts, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._score_bias = None
+        return real(self, x)
+
+    monkeypatch.setattr(MixtureOfExperts, "_route", wrong)
+
+
+def _every_group_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MixtureOfExperts, "_of_the_best_groups", lambda self, worth: worth)
+
+
+def _pairs_left_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("warmroute_worker.models.self_attention._part_pairs", lambda linear, heads, mla: None)
+
+
+def _latents_without_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RmsNorm.__call__
+    monkeypatch.setattr(RmsNorm, "__call__", lambda self, x: x if x.shape[-1] == 32 else real(self, x))
+
+
 PLANTED: list[tuple[str, Callable[[pytest.MonkeyPatch], None]]] = [
     ("Qwen3", _no_norm_of_heads),
     ("Qwen2", _no_bias),
@@ -165,10 +247,15 @@ PLANTED: list[tuple[str, Callable[[pytest.MonkeyPatch], None]]] = [
     ("Mixtral", _not_normalised),
     ("Qwen2Moe", _no_shared_expert),
     ("Qwen2Moe", _open_shared_gate),
+    ("DeepseekV3", _no_score_bias),
+    ("DeepseekV3", _every_group_is_open),
+    ("DeepseekV3", _pairs_left_together),
+    ("DeepseekV2", _latents_without_a_norm),
+    ("DeepseekV2", _no_shared_expert),
 ]
 
 
-@pytest.mark.parametrize(("family", "bug"), PLANTED, ids=[bug.__name__ for _, bug in PLANTED])
+@pytest.mark.parametrize(("family", "bug"), PLANTED, ids=[f"{family}{bug.__name__}" for family, bug in PLANTED])
 def test_a_planted_bug_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, bug: Callable[[pytest.MonkeyPatch], None]
 ) -> None:

@@ -6,8 +6,9 @@ After `read` nobody looks into these files again: what the engine does not imple
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from warmroute_worker.startup_error import StartupError
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SUPPORTED_ARCHITECTURES = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
@@ -23,8 +26,8 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
-ROPE_TYPES = ("default", "linear", "llama3")
-QUANT_METHODS = ("int8_per_channel",)
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+QUANT_METHODS = ("int8_per_channel", "fp8")
 
 
 class ModelError(StartupError):
@@ -41,6 +44,18 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    """This one to `mscale_all_dim` are yarn's."""
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    """What cos and sin are multiplied with."""
+    mscale_all_dim: float = 0.0
+
+    @property
+    def score_factor(self) -> float:
+        """What attention scores are multiplied with, in models that say `mscale_all_dim`."""
+        return _yarn_mscale(self.factor, self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
 @dataclass(frozen=True)
@@ -53,13 +68,46 @@ class MoeConfig:
     """Of each expert."""
     normalised: bool
     """The chosen experts' weights sum to one."""
-    shared_intermediate_size: int
-    """Of the expert that every token goes through, behind a gate of its own; 0: there is none."""
-    dense_layers: frozenset[int]
+    dense_layers: frozenset[int] = frozenset()
     """Layers that have an ordinary MLP."""
-    module: str
+    module: str = "mlp"
     """What the checkpoint calls the block, and gate, up and down projection of an expert."""
-    projections: tuple[str, str, str]
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_intermediate_size: int = 0
+    """Of the expert that every token goes through; 0: there is none."""
+    shared_module: str = "shared_expert"
+    shared_gated: bool = True
+    """The shared expert has a gate of its own."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    score_bias: bool = False
+    """Added to the scores for the choice, not for the weights."""
+    float32_router: bool = False
+    groups: int = 1
+    """Experts stand in groups of equal size, of which the best `chosen_groups` are chosen from."""
+    chosen_groups: int = 1
+    best_of_group: int = 1
+    """A group is worth the sum of so many of its best scores."""
+    weight_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """Attention over latents: what is cached of a token is one row that all heads share."""
+
+    query_rank: int | None
+    """None: queries are projected at once."""
+    latent_rank: int
+    plain_dim: int
+    """Of a head's query and key, what has no position; below: what is turned by it."""
+    rope_dim: int
+    value_dim: int
+    interleaved: bool
+    """Pairs to be turned stand side by side in the checkpoint, not half a head apart."""
+    bias: bool
+
+    @property
+    def row_dim(self) -> int:
+        return self.latent_rank + self.rope_dim
 
 
 @dataclass(frozen=True)
@@ -86,11 +134,19 @@ class ModelConfig:
     query_key_norm: bool
     """Each head's query and key are normed before they are turned."""
     moe: MoeConfig | None
+    mla: MlaConfig | None
     eos_token_ids: tuple[int, ...]
     dtype: str
     """What the checkpoint was made in: float32, bfloat16 or float16."""
     initializer_range: float
     quant_method: str | None
+    weight_block: tuple[int, int]
+    """Of fp8: rows and columns that share a scale."""
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(parts, heads, dim) of what a layer caches of a token: key and value of each head, or one latent row."""
+        return (2, self.num_kv_heads, self.head_dim) if self.mla is None else (1, 1, self.mla.row_dim)
 
     @property
     def architecture(self) -> str:
@@ -140,14 +196,16 @@ def _parse(raw: dict[str, Any], architectures: tuple[str, ...], eos_token_ids: t
     num_kv_heads = _size(raw, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
-    if raw.get("head_dim") is None and hidden_size % num_heads:
+    mla = _mla(raw) if family.startswith("Deepseek") else None
+    if mla is None and raw.get("head_dim") is None and hidden_size % num_heads:
         raise ValueError(f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}")
-    head_dim = _size(raw, "head_dim", hidden_size // num_heads)
+    head_dim = mla.rope_dim if mla else _size(raw, "head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need pairs")
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"hidden_act {activation!r} is not supported; supported: silu")
-    quant_method = (raw.get("quantization_config") or {}).get("quant_method")
+    quantization = raw.get("quantization_config") or {}
+    quant_method = quantization.get("quant_method")
     if quant_method is not None and quant_method not in QUANT_METHODS:
         raise ValueError(f"quant_method {quant_method!r} is not supported; supported: {', '.join(QUANT_METHODS)}")
     return ModelConfig(
@@ -166,13 +224,15 @@ def _parse(raw: dict[str, Any], architectures: tuple[str, ...], eos_token_ids: t
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=_qkv_bias(raw, family),
         output_bias=family in ("Llama", "Qwen3", "Qwen3Moe") and bool(raw.get("attention_bias", False)),
-        mlp_bias=family == "Llama" and bool(raw.get("mlp_bias", False)),
+        mlp_bias=family in ("Llama", "DeepseekV2") and bool(raw.get("mlp_bias", False)),
         query_key_norm=family.startswith("Qwen3"),
         moe=_moe(raw, family, num_layers),
+        mla=mla,
         eos_token_ids=eos_token_ids,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         initializer_range=float(raw.get("initializer_range", 0.02)),
         quant_method=quant_method,
+        weight_block=tuple(quantization.get("weight_block_size") or (128, 128)),
     )
 
 
@@ -198,11 +258,11 @@ def _moe(raw: dict[str, Any], family: str, num_layers: int) -> MoeConfig | None:
             experts_per_token=_size(raw, "num_experts_per_tok"),
             intermediate_size=_size(raw, "intermediate_size"),
             normalised=True,
-            shared_intermediate_size=0,
-            dense_layers=frozenset(),
             module="block_sparse_moe",
             projections=("w1", "w3", "w2"),
         )
+    if family.startswith("Deepseek"):
+        return _deepseek_moe(raw, family)
     if not family.endswith("Moe"):
         return None
     step = _size(raw, "decoder_sparse_step", 1)
@@ -214,14 +274,52 @@ def _moe(raw: dict[str, Any], family: str, num_layers: int) -> MoeConfig | None:
         normalised=bool(raw.get("norm_topk_prob", False)),
         shared_intermediate_size=_size(raw, "shared_expert_intermediate_size") if family == "Qwen2Moe" else 0,
         dense_layers=frozenset(i for i in range(num_layers) if i in listed or (i + 1) % step),
-        module="mlp",
-        projections=("gate_proj", "up_proj", "down_proj"),
+    )
+
+
+def _deepseek_moe(raw: dict[str, Any], family: str) -> MoeConfig:
+    """V2 chooses by softmax, from groups by their best expert; V3 by sigmoid and a bias, by their two best."""
+    size = _size(raw, "moe_intermediate_size")
+    v3 = family == "DeepseekV3"
+    method = "noaux_tc" if v3 else raw.get("topk_method", "greedy")
+    if method not in ("noaux_tc", "greedy", "group_limited_greedy"):
+        raise ValueError(f"topk_method {method!r} is not supported; supported: greedy, group_limited_greedy")
+    grouped = method != "greedy"
+    return MoeConfig(
+        num_experts=_num_experts(raw),
+        experts_per_token=_size(raw, "num_experts_per_tok"),
+        intermediate_size=size,
+        normalised=v3 and bool(raw.get("norm_topk_prob", True)),
+        dense_layers=frozenset(range(int(raw.get("first_k_dense_replace") or 0))),
+        shared_intermediate_size=size * int(raw.get("n_shared_experts") or 0),
+        shared_module="shared_experts",
+        shared_gated=False,
+        scores="sigmoid" if v3 else "softmax",
+        score_bias=v3,
+        float32_router=True,
+        groups=_size(raw, "n_group", 1) if grouped else 1,
+        chosen_groups=_size(raw, "topk_group", 1) if grouped else 1,
+        best_of_group=2 if v3 else 1,
+        weight_factor=float(raw.get("routed_scaling_factor") or 1.0),
+    )
+
+
+def _mla(raw: dict[str, Any]) -> MlaConfig:
+    return MlaConfig(
+        query_rank=None if raw.get("q_lora_rank") is None else _size(raw, "q_lora_rank"),
+        latent_rank=_size(raw, "kv_lora_rank"),
+        plain_dim=_size(raw, "qk_nope_head_dim"),
+        rope_dim=_size(raw, "qk_rope_head_dim"),
+        value_dim=_size(raw, "v_head_dim"),
+        interleaved=bool(raw.get("rope_interleave", True)),
+        bias=bool(raw.get("attention_bias", False)),
     )
 
 
 def _num_experts(raw: dict[str, Any]) -> int:
-    """The two names have changed places between versions of transformers."""
-    return _size(raw, "num_experts" if raw.get("num_experts") is not None else "num_local_experts")
+    """Families and versions of transformers have names of their own."""
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    return _size(raw, next((name for name in names if raw.get(name) is not None), names[0]))
 
 
 def _rope(raw: dict[str, Any]) -> RopeConfig:
@@ -237,6 +335,8 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
         return RopeConfig(theta)
     if rope_type == "linear":
         return RopeConfig(theta, rope_type, float(parameters["factor"]))
+    if rope_type == "yarn":
+        return _yarn(raw, parameters, theta)
     return RopeConfig(
         theta,
         rope_type,
@@ -245,6 +345,34 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
         float(parameters["high_freq_factor"]),
         int(parameters["original_max_position_embeddings"]),
     )
+
+
+def _yarn(raw: dict[str, Any], parameters: dict[str, Any], theta: float) -> RopeConfig:
+    """YaRN (arXiv 2309.00071), with DeepSeek's two mscales."""
+    original = int(parameters["original_max_position_embeddings"])
+    factor = parameters.get("factor")
+    factor = _size(raw, "max_position_embeddings") / original if factor is None else float(factor)
+    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    attention_factor = parameters.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = _yarn_mscale(factor, 1.0)
+        if mscale and all_dim:
+            attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, all_dim)
+    return RopeConfig(
+        theta,
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        truncate=bool(parameters.get("truncate", True)),
+        attention_factor=float(attention_factor),
+        mscale_all_dim=float(all_dim or 0.0),
+    )
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ class InProcessExecutor:
         dtype = _dtype(args.dtype, config, device)
         available = memory.available_bytes(device)
         weight_bytes = _weight_bytes(config, dtype)
-        size_of_page = page_bytes(config.num_layers, args.page_size, config.num_kv_heads, config.head_dim, dtype)
+        size_of_page = page_bytes(config.num_layers, args.page_size, config.kv_shape, dtype)
         num_pages = memory.pool_pages(
             available=available,
             weight_bytes=weight_bytes,
@@ -59,9 +59,7 @@ class InProcessExecutor:
         )
         with torch.inference_mode():
             self.model = _load(folder, config, args, dtype, device, context_length)
-            self.pool = KvPool(
-                config.num_layers, num_pages, args.page_size, config.num_kv_heads, config.head_dim, dtype, device
-            )
+            self.pool = KvPool(config.num_layers, num_pages, args.page_size, config.kv_shape, dtype, device)
         self.attention = PagedAttention(self.pool, args.max_running_requests, context_length)
         self._device = device
         self._threads = args.threads or usable_cores()
@@ -116,7 +114,7 @@ def _load(
     if args.load_format == "dummy":
         source = DummyWeights(args.random_seed, config.initializer_range, dtype, device)
         return registry.build(config, source, context_length)
-    return registry.build(config, SafetensorsReader(folder, dtype, device), context_length)
+    return registry.build(config, SafetensorsReader(folder, dtype, device, config.weight_block), context_length)
 
 
 def _weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

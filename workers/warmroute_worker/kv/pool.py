@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 
 class KvPool:
-    """Keys and values of every layer, [layers, 2, slots, kv_heads, head_dim]; slot = page * page_size + offset."""
+    """What is cached of every token, [layers, parts, slots, heads, dim]; slot = page * page_size + offset.
+
+    Two parts: keys and values. One: latent rows, of which both are made.
+    """
 
     def __init__(
         self,
         num_layers: int,
         num_pages: int,
         page_size: int,
-        kv_heads: int,
-        head_dim: int,
+        kv_shape: tuple[int, int, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Room for `num_pages` and the padding page 0."""
-        shape = (num_layers, 2, (num_pages + 1) * page_size, kv_heads, head_dim)
+        """Room for `num_pages` and the padding page 0; `kv_shape`: parts, heads, dim."""
+        parts, heads, dim = kv_shape
+        shape = (num_layers, parts, (num_pages + 1) * page_size, heads, dim)
         self.data = _zeros(shape, dtype, device)
         self.page_size = page_size
         # Views made once: slicing the pool for each layer of each step would cost more than the store itself.
         self.keys = [self.data[layer, 0] for layer in range(num_layers)]
-        self.values = [self.data[layer, 1] for layer in range(num_layers)]
-        self.pages = [self.data[layer].view(2, num_pages + 1, -1) for layer in range(num_layers)]
-        """Per layer [2, pages, page_size * kv_heads * head_dim]: what attention gathers from, a page at a time."""
+        self.values = [self.data[layer, 1] for layer in range(num_layers)] if parts == 2 else []
+        self.pages = [self.data[layer].view(parts, num_pages + 1, -1) for layer in range(num_layers)]
+        """Per layer [parts, pages, page_size * heads * dim]: what attention gathers from, a page at a time."""
 
 
-def page_bytes(num_layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+def page_bytes(num_layers: int, page_size: int, kv_shape: tuple[int, int, int], dtype: torch.dtype) -> int:
     """Bytes of one page over all layers."""
-    return num_layers * 2 * page_size * kv_heads * head_dim * dtype.itemsize
+    return num_layers * page_size * math.prod(kv_shape) * dtype.itemsize
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

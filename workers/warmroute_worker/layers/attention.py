@@ -104,32 +104,61 @@ class PagedAttention:
         """[tokens, heads, head_dim], twice [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]"""
         self._pool.keys[layer].index_copy_(0, batch.slots, keys)
         self._pool.values[layer].index_copy_(0, batch.slots, values)
+        return self._attend(layer, queries, keys, values, batch, None)
+
+    def attend_latent(
+        self, layer: int, queries: torch.Tensor, rows: torch.Tensor, rank: int, scale: float, batch: AttentionBatch
+    ) -> torch.Tensor:
+        """[tokens, heads, dim], [tokens, dim] latent rows -> [tokens, heads * rank].
+
+        A row is the key of every head, its first `rank` numbers are the value. Scores are multiplied with `scale`.
+        """
+        keys = rows.unsqueeze(1)
+        self._pool.keys[layer].index_copy_(0, batch.slots, keys)
+        return self._attend(layer, queries, keys, keys[:, :, :rank], batch, scale)
+
+    def _attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        batch: AttentionBatch,
+        scale: float | None,
+    ) -> torch.Tensor:
+        value_dim = values.shape[2]
         if len(batch.decodes) == 1 and not batch.prefills:
-            return self._decode(layer, queries, batch.decodes[0])
-        output = torch.empty(
-            (len(queries), queries.shape[1] * queries.shape[2]), dtype=self._dtype, device=self._device
-        )
+            return self._decode(layer, queries, value_dim, batch.decodes[0], scale)
+        output = torch.empty((len(queries), queries.shape[1] * value_dim), dtype=self._dtype, device=self._device)
         for decodes in batch.decodes:
-            output[decodes.queries] = self._decode(layer, queries[decodes.queries], decodes)
+            output[decodes.queries] = self._decode(layer, queries[decodes.queries], value_dim, decodes, scale)
         for prefill in batch.prefills:
             own = prefill.queries
-            output[own] = self._prefill(layer, queries[own], keys[own], values[own], prefill)
+            output[own] = self._prefill(layer, queries[own], keys[own], values[own], prefill, scale)
         return output
 
-    def _decode(self, layer: int, queries: torch.Tensor, batch: DecodeBatch) -> torch.Tensor:
-        keys, values = self._gather(layer, batch.pages, batch.size, queries.shape[2])
+    def _decode(
+        self, layer: int, queries: torch.Tensor, value_dim: int, batch: DecodeBatch, scale: float | None
+    ) -> torch.Tensor:
+        keys, values = self._gather(layer, batch.pages, batch.size, queries.shape[2], value_dim)
         output = functional.scaled_dot_product_attention(
-            queries.unsqueeze(2), keys, values, attn_mask=batch.mask, enable_gqa=True
+            queries.unsqueeze(2), keys, values, attn_mask=batch.mask, enable_gqa=True, scale=scale
         )
         return output.reshape(batch.size, -1)
 
     def _prefill(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prefill: Prefill
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        prefill: Prefill,
+        scale: float | None,
     ) -> torch.Tensor:
         if prefill.pages is None:
             keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
         else:
-            keys, values = self._gather(layer, prefill.pages, 1, queries.shape[2])
+            keys, values = self._gather(layer, prefill.pages, 1, queries.shape[2], values.shape[2])
             keys, values = keys[:, :, : prefill.num_tokens], values[:, :, : prefill.num_tokens]
         output = functional.scaled_dot_product_attention(
             queries.transpose(0, 1).unsqueeze(0),
@@ -138,22 +167,26 @@ class PagedAttention:
             attn_mask=prefill.mask,
             is_causal=prefill.mask is None,
             enable_gqa=True,
+            scale=scale,
         )
         return output[0].transpose(0, 1).reshape(len(queries), -1)
 
-    def _gather(self, layer: int, pages: torch.Tensor, size: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of `size` equally long page lists, each [size, kv_heads, tokens, head_dim]."""
+    def _gather(
+        self, layer: int, pages: torch.Tensor, size: int, head_dim: int, value_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `size` equally long page lists, each [size, kv_heads, tokens, their dim]."""
         source = self._pool.pages[layer]
-        shape = (2, len(pages), source.shape[2])
-        needed = 2 * len(pages) * source.shape[2]
+        parts = source.shape[0]
+        shape = (parts, len(pages), source.shape[2])
+        needed = parts * len(pages) * source.shape[2]
         if needed > len(self._gathered):
             # Kept between steps: fresh memory of this size would be mapped and unmapped by the kernel in every layer.
             self._gathered = torch.empty(needed, dtype=self._dtype, device=self._device)
         gathered = self._gathered[:needed].view(shape)
         torch.index_select(source, 1, pages, out=gathered)
         tokens = len(pages) // size * self._page_size
-        keys, values = gathered.view(2, size, tokens, -1, head_dim).transpose(2, 3)
-        return keys, values
+        found = gathered.view(parts, size, tokens, -1, head_dim).transpose(2, 3)
+        return found[0], found[1] if parts == 2 else found[0][..., :value_dim]
 
     def _decodes(self, rows: Int32s, num_tokens: Int32s) -> list[DecodeBatch]:
         batches = []

@@ -65,30 +65,57 @@ class Experts:
 
 
 class MixtureOfExperts:
-    """Each token goes through the experts that a softmax over all of them likes best, and through the shared one."""
+    """Each token goes through the experts that the router likes best, and through the shared one."""
 
     def __init__(self, source: WeightSource, name: str, hidden: int, config: MoeConfig) -> None:
         self._config = config
-        self._router = Linear(source, [f"{name}.gate"], hidden, [config.num_experts], bias=False)
+        # Which experts are chosen must not depend on how numbers are rounded.
+        router_dtype = torch.float32 if config.float32_router else None
+        self._router = source.tensor(f"{name}.gate.weight", (config.num_experts, hidden), router_dtype)
+        self._score_bias: torch.Tensor | None = None
+        if config.score_bias:
+            bias_name = f"{name}.gate.e_score_correction_bias"
+            self._score_bias = source.tensor(bias_name, (config.num_experts,), torch.float32)
         self._experts = Experts(source, f"{name}.experts", hidden, config)
         self._shared: GatedMlp | None = None
+        self._shared_gate: Linear | None = None
         if config.shared_intermediate_size:
             size = config.shared_intermediate_size
-            self._shared = GatedMlp(source, f"{name}.shared_expert", hidden, size, bias=False)
-            self._shared_gate = Linear(source, [f"{name}.shared_expert_gate"], hidden, [1], bias=False)
+            self._shared = GatedMlp(source, f"{name}.{config.shared_module}", hidden, size, bias=False)
+            if config.shared_gated:
+                self._shared_gate = Linear(source, [f"{name}.{config.shared_module}_gate"], hidden, [1], bias=False)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> the same"""
         weights, chosen = self._route(x)
         output = self._experts(x, chosen, weights.to(x.dtype))
         if self._shared is not None:
-            output += torch.sigmoid(self._shared_gate(x)) * self._shared(x)
+            shared = self._shared(x)
+            output += shared if self._shared_gate is None else torch.sigmoid(self._shared_gate(x)) * shared
         return output
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, k] weights in float32, and experts."""
-        shares = functional.softmax(self._router(x), dim=-1, dtype=torch.float32)
-        weights, chosen = shares.topk(self._config.experts_per_token, dim=-1)
-        if self._config.normalised:
+        config = self._config
+        logits = functional.linear(x.to(self._router.dtype), self._router)
+        if config.scores == "sigmoid":
+            scores = logits.float().sigmoid()
+        else:
+            scores = functional.softmax(logits, dim=-1, dtype=torch.float32)
+        worth = scores if self._score_bias is None else scores + self._score_bias
+        if config.groups > 1:
+            worth = self._of_the_best_groups(worth)
+        chosen = worth.topk(config.experts_per_token, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if config.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights, chosen
+        return weights * config.weight_factor, chosen
+
+    def _of_the_best_groups(self, worth: torch.Tensor) -> torch.Tensor:
+        """[tokens, experts] -> the same, -inf in the groups that are not chosen."""
+        config = self._config
+        grouped = worth.view(len(worth), config.groups, -1)
+        of_group = grouped.topk(config.best_of_group, dim=-1).values.sum(dim=-1)
+        best = of_group.topk(config.chosen_groups, dim=-1).indices
+        open_groups = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, best, True)
+        return grouped.masked_fill(~open_groups.unsqueeze(-1), -torch.inf).flatten(1)

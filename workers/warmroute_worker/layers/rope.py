@@ -19,7 +19,7 @@ class RotaryEmbedding:
     ) -> None:
         positions = torch.arange(context_length, dtype=torch.float32)
         angles = torch.outer(positions, inverse_frequencies(config, head_dim))
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * config.attention_factor, angles.sin() * config.attention_factor
         # The first half of a head gets -sin, the second +sin, so that one multiply-add with the rolled head is enough.
         self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)
         self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
@@ -40,6 +40,8 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
 
     `llama3` (Llama 3.1): wavelengths longer than original_context / low_freq_factor are stretched by `factor`, those
     shorter than original_context / high_freq_factor are kept, those between are blended linearly in 1 / wavelength.
+    `yarn`: pairs that turn more than beta_fast times in the original context are kept, those that turn less than
+    beta_slow times stretched, those between blended linearly in their number.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
     frequencies: torch.Tensor = 1.0 / config.theta**exponents
@@ -50,4 +52,18 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
         low, high = config.low_freq_factor, config.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return kept * frequencies + (1 - kept) * frequencies / config.factor
+    if config.rope_type == "yarn":
+        low, high = (_pair_that_turns(config, head_dim, turns) for turns in (config.beta_fast, config.beta_slow))
+        if config.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        width = high - low or 0.001
+        stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+        return frequencies / config.factor * stretched + frequencies * (1 - stretched)
     return frequencies
+
+
+def _pair_that_turns(config: RopeConfig, head_dim: int, turns: float) -> float:
+    """The number of the pair that turns so often in the original context; a fraction between two."""
+    span = config.original_max_position_embeddings / (turns * 2 * math.pi)
+    return head_dim * math.log(span) / (2 * math.log(config.theta))

@@ -1,25 +1,25 @@
-"""The decoder of the Llama family: pre-norm attention with rotary positions and grouped queries, then a gated MLP.
+"""The decoder that all families share: pre-norm attention with rotary positions, then a gated MLP or experts.
 
-Llama, Mistral, Mixtral, Qwen2, Qwen3 and their mixtures of experts differ in biases, in a norm of queries and keys, and
-in what the MLP is: `ModelConfig` says which.
+Llama, Mistral, Mixtral, Qwen2, Qwen3 and DeepSeek differ in biases, in a norm of queries and keys, in what is cached of
+a token, and in what the MLP is: `ModelConfig` says which.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from warmroute_worker.layers.experts import GatedMlp, MixtureOfExperts
-from warmroute_worker.layers.linear import Embedding, Linear, RmsNorm
+from warmroute_worker.layers.linear import Embedding, RmsNorm
 from warmroute_worker.layers.rope import RotaryEmbedding
+from warmroute_worker.models.self_attention import GroupedAttention, LatentAttention
 
 if TYPE_CHECKING:
+    import torch
+
     from warmroute_worker.layers.attention import AttentionBatch, PagedAttention
     from warmroute_worker.model_config import ModelConfig
+    from warmroute_worker.models.self_attention import CosSin
     from warmroute_worker.weights.source import WeightSource
-
-CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 class Decoder:
@@ -52,18 +52,9 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, source: WeightSource, index: int) -> None:
         name, hidden, eps = f"model.layers.{index}", config.hidden_size, config.rms_norm_eps
-        self._index = index
-        self._head_dim = config.head_dim
-        self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
-        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        projections = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
+        kind = GroupedAttention if config.mla is None else LatentAttention
         self._attention_norm = RmsNorm(source, f"{name}.input_layernorm", hidden, eps)
-        self._qkv = Linear(source, projections, hidden, [query_size, kv_size, kv_size], config.qkv_bias)
-        self._output = Linear(source, [f"{name}.self_attn.o_proj"], query_size, [hidden], config.output_bias)
-        self._head_norms: tuple[RmsNorm, RmsNorm] | None = None
-        if config.query_key_norm:
-            query_norm, key_norm = (RmsNorm(source, f"{name}.self_attn.{x}_norm", config.head_dim, eps) for x in "qk")
-            self._head_norms = query_norm, key_norm
+        self._attention = kind(config, source, f"{name}.self_attn", index)
         self._mlp_norm = RmsNorm(source, f"{name}.post_attention_layernorm", hidden, eps)
         self._mlp: GatedMlp | MixtureOfExperts
         moe = config.moe
@@ -75,13 +66,5 @@ class DecoderLayer:
     def __call__(
         self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
     ) -> torch.Tensor:
-        heads, kv_heads = self._num_heads, self._num_kv_heads
-        qkv = self._qkv(self._attention_norm(x)).view(len(x), heads + 2 * kv_heads, self._head_dim)
-        unturned = qkv[:, : heads + kv_heads]
-        if self._head_norms is not None:
-            query_norm, key_norm = self._head_norms
-            unturned = torch.cat((query_norm(qkv[:, :heads]), key_norm(qkv[:, heads : heads + kv_heads])), dim=1)
-        turned = rope.rotate(unturned, cos_sin)
-        seen = attention.attend(self._index, turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :], batch)
-        x = x + self._output(seen)
+        x = x + self._attention(self._attention_norm(x), cos_sin, rope, attention, batch)
         return x + self._mlp(self._mlp_norm(x))

@@ -14,8 +14,8 @@ class WeightSource(Protocol):
     the layer's own words. Sharded layers will ask for a range of rows or columns here.
     """
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor `name`. Raises ModelError if it is absent or of another shape."""
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor `name`; `dtype`: not the engine's. Raises ModelError if it is absent or of another shape."""
         ...
 
 
@@ -26,8 +26,8 @@ class MeasuredWeights:
         self.num_bytes = 0
         self._dtype = dtype
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
         del name
-        tensor = torch.empty(shape, dtype=self._dtype, device="meta")
+        tensor = torch.empty(shape, dtype=dtype or self._dtype, device="meta")
         self.num_bytes += tensor.nbytes
         return tensor
