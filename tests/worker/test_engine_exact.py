@@ -307,8 +307,7 @@ def _no_final_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _swapped_gate_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from warmroute_worker.layers import linear
-    from warmroute_worker.layers import experts
+    from warmroute_worker.layers import experts, linear
 
     real = linear.silu_and_multiply
     monkeypatch.setattr(experts, "silu_and_multiply", lambda x: real(torch.cat(x.chunk(2, -1)[::-1], -1)))

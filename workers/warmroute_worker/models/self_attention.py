@@ -53,8 +53,8 @@ class GroupedAttention:
 
 
 class LatentAttention:
-    """DeepSeek's multi-head latent attention (arXiv 2405.04434, section 2.1), absorbed: heads look at the latent rows as
-    they are, since what would make keys and values of them stands before the query and behind the output."""
+    """DeepSeek's multi-head latent attention (arXiv 2405.04434, section 2.1), absorbed: heads look at the latent rows
+    as they are, since what would make keys and values of them stands before the query and behind the output."""
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str, index: int) -> None:
         mla = config.mla
