@@ -1,5 +1,7 @@
 """The whole product: openai client, router, torch workers on the demo model."""
 
+import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,3 +149,29 @@ def test_keep_alive_of_the_workers_outlives_our_pool(setup: Setup) -> None:
     for _ in range(2):
         setup.client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "Hi"}], max_tokens=2)
         time.sleep(6)
+
+
+def test_an_abort_through_the_router_ends_the_answer(fleet: Fleet) -> None:
+    """By the name in the body, and by the name that the router gave it in its head."""
+    url = fleet.real_worker()
+    router = fleet.router(workers=[url])
+    # More tokens than it makes in the time, so that nothing but the abort can end it.
+    body = {"model": "m", "prompt": "once upon a time", "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
+    for named, rid in (({"rid": "by-rid"}, "by-rid"), ({}, "by-header")):
+        ended: list[tuple[int, object]] = []
+
+        def ask(fields: dict[str, str] = named, name: str = rid, ended: list[tuple[int, object]] = ended) -> None:
+            data = json.dumps(body | fields).encode()
+            headers = {"content-type": "application/json", "x-request-id": name}
+            status, answer = request("POST", router.url + "/v1/completions", data, headers, timeout=60)
+            ended.append((status, json.loads(answer)["choices"][0]["finish_reason"]))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        eventually("it runs", lambda: sum(router.loads().values()) == 1)
+        time.sleep(0.2)
+        status, answer = router.post("/abort_request", {"rid": rid})
+        assert (status, answer["told"]) == (200, [url])
+        thread.join(10)
+        assert ended == [(200, "abort")]
+        eventually("loads are 0", lambda: set(router.loads().values()) == {0})

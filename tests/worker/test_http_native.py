@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from warmroute_worker import messages
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    import httpx
 
 
 @pytest.fixture
@@ -112,3 +115,61 @@ async def test_refusals_name_the_field(app: RunningApp, body: dict[str, Any], pa
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
     assert not app.driver.received
+
+
+async def test_an_abort_ends_the_answer_where_it_is(app: RunningApp) -> None:
+    app.driver.step_seconds = 0.01
+    long = {"max_new_tokens": 2000, "ignore_eos": True}
+
+    async def ended(path: str, headers: dict[str, str], **body: Any) -> httpx.Response:
+        answer = asyncio.create_task(app.client.post(path, json=body, headers=headers))
+        await app.until(lambda: len(app.service.engine.live) == 1)
+        await app.until(lambda: any(len(state.output_ids) > 3 for state in app.service.engine.live.values()))
+        assert (await app.post("/abort_request", rid="nobody")).json() == {"aborted": 0}
+        assert (await app.post("/abort_request", rid="min")).json() == {"aborted": 1}
+        return await answer
+
+    answer = await ended("/generate", {}, text="abcdef", sampling_params=long, rid="mine-1")
+    meta = answer.json()["meta_info"]
+    assert meta["id"] == "mine-1"
+    assert meta["finish_reason"] == {"type": "abort", "message": "aborted by request"}
+    assert 3 < meta["completion_tokens"] < 2000
+    assert len(answer.json()["text"]) == meta["completion_tokens"]
+
+    fields = {"max_tokens": 2000, "ignore_eos": True, "prompt": "abcdef"}
+    answer = await ended("/v1/completions", {"x-request-id": "mine-2"}, **fields)
+    assert answer.json()["choices"][0]["finish_reason"] == "abort"
+    answer = await ended("/v1/completions", {}, **fields, stream=True, rid="mine-3")
+    *events, done = sse_data(answer.text)
+    assert done == "[DONE]"
+    assert json.loads(events[-1])["choices"][0]["finish_reason"] == "abort"
+    await app.until(lambda: not app.service.engine.live)
+
+    running = [asyncio.create_task(app.post("/generate", text="abc", sampling_params=long)) for _ in range(3)]
+    await app.until(lambda: len(app.service.engine.live) == 3)
+    assert (await app.post("/abort_request", abort_all=True)).json() == {"aborted": 3}
+    assert {(await one).status_code for one in running} == {200}
+    assert (await app.post("/abort_request")).status_code == 400
+
+
+async def test_batches_have_names_too(app: RunningApp) -> None:
+    async def names(**body: Any) -> list[str]:
+        answer = await app.post("/generate", text=["ab", "cd"], sampling_params={"max_new_tokens": 1}, **body)
+        assert answer.status_code == 200, answer.text
+        return [one["meta_info"]["id"] for one in answer.json()]
+
+    assert await names(rid="r") == ["r-0", "r-1"]
+    assert await names(rid=["x", "y"]) == ["x", "y"]
+    assert (await app.post("/generate", text=["ab", "cd"], rid=["x"])).status_code == 400
+
+
+async def test_tokens_of_a_text_and_back(app: RunningApp) -> None:
+    answer = (await app.post("/tokenize", prompt="Grüße")).json()
+    assert answer["tokens"] == list("Grüße".encode())
+    assert answer["count"] == 7
+    assert answer["max_model_len"] > 0
+    assert (await app.post("/detokenize", tokens=answer["tokens"])).json() == {"text": "Grüße"}
+    assert (await app.post("/detokenize", tokens=[])).json() == {"text": ""}
+    for wrong in ({"tokens": "text"}, {"tokens": [10**9]}, {}):
+        assert (await app.post("/detokenize", **wrong)).status_code == 400
+    assert (await app.post("/tokenize", prompt=[1])).status_code == 400

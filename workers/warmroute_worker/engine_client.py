@@ -64,6 +64,14 @@ class EngineClient(asyncio.Protocol):
             self._metrics.aborted.inc()
             self._send(messages.Abort(rid=state.rid))
 
+    def abort(self, name: str | None) -> int:
+        """End the answers of all prompts whose names begin so, or of all; how many."""
+        found = [state for state in self.live.values() if name is None or state.name.startswith(name)]
+        for state in found:
+            self.cancel(state)
+            state.abort()
+        return len(found)
+
     def fail_all(self, message: str) -> None:
         """Ends what still runs with an error, in the engine too."""
         for state in list(self.live.values()):

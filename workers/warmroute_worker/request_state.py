@@ -27,10 +27,12 @@ class Finish:
     """With `stop`: the stop string, or the id of the token that ended the answer."""
     message: str = ""
     """With `abort` and `error`: one line."""
+    wanted: bool = False
+    """With `abort`: somebody asked for it (/abort_request), so that what there is, is the answer."""
 
     @property
     def is_failure(self) -> bool:
-        return self.kind in ("abort", "error")
+        return self.kind in ("abort", "error") and not self.wanted
 
 
 class RequestState:
@@ -46,6 +48,7 @@ class RequestState:
         "changed",
         "finish",
         "last_token_at",
+        "name",
         "output_ids",
         "prompt_tokens",
         "rid",
@@ -55,6 +58,7 @@ class RequestState:
     def __init__(
         self,
         rid: str,
+        name: str,
         prompt_tokens: int,
         detokenizer: Detokenizer,
         stop_strings: Sequence[str],
@@ -63,11 +67,13 @@ class RequestState:
         wants_steps: bool,
         now: float,
     ) -> None:
-        """`trimmed_ids`: ids that end an answer and are not part of its text, when the engine stops at one.
+        """`name`: what the client calls it, which need not be unique. `trimmed_ids`: ids that end an answer and are not
+        part of its text, when the engine stops at one.
 
         `changed` is set after each step when `wants_steps`, else only at the first token and at the end.
         """
         self.rid = rid
+        self.name = name
         self.prompt_tokens = prompt_tokens
         self.cached_tokens: int | None = None
         """None until the first token; then what the engine found in its prefix cache."""
@@ -113,6 +119,13 @@ class RequestState:
 
     def fail(self, kind: Literal["abort", "error"], message: str) -> None:
         self.finish = Finish(kind, message=message)
+        self.changed.set()
+
+    def abort(self) -> None:
+        """End the answer where it is."""
+        if rest := self._stop.finish():
+            self._pending.append(rest)
+        self.finish = Finish("abort", message="aborted by request", wanted=True)
         self.changed.set()
 
     def take_text(self) -> str:

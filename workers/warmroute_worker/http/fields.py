@@ -107,6 +107,20 @@ def prompts(value: Any, name: str, vocab_size: int) -> list[str | list[int]]:
     return [_prompt(item, f"{name}[{index}]", vocab_size) for index, item in enumerate(value)]
 
 
+def names(fields: Mapping[str, Any], header: str | None, count: int) -> list[str] | None:
+    """What the client calls each of `count` prompts: `rid`, for several a list, else the x-request-id `header`."""
+    given = fields.get("rid")
+    if given is None:
+        given = header
+    if given is None:
+        return None
+    if isinstance(given, str) and given:
+        return [given] if count == 1 else [f"{given}-{index}" for index in range(count)]
+    if isinstance(given, list) and len(given) == count and all(isinstance(name, str) and name for name in given):
+        return given
+    raise invalid(f"`rid` must be a string, or a list of {count} strings", "rid")
+
+
 def check_rank(fields: Mapping[str, Any]) -> None:
     """Routers pin requests to data-parallel ranks with these fields; there is one rank."""
     for name in ("routed_dp_rank", "data_parallel_rank"):

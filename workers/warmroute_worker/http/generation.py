@@ -29,9 +29,16 @@ class Generation:
     """
 
     def __init__(
-        self, service: Service, prompts: Sequence[list[int]], param: str, sampling: Sampling, *, stream: bool
+        self,
+        service: Service,
+        prompts: Sequence[list[int]],
+        param: str,
+        sampling: Sampling,
+        *,
+        stream: bool,
+        names: Sequence[str] | None = None,
     ) -> None:
-        """Raises ApiError when the prompts (field `param`) cannot be taken."""
+        """`names`: what the client calls each prompt. Raises ApiError when these (field `param`) cannot be taken."""
         facts = service.admit(prompts, param)
         self.id = uuid.uuid4().hex
         self.states: list[RequestState] = []
@@ -47,6 +54,7 @@ class Generation:
             self.states.append(
                 RequestState(
                     rid,
+                    names[index] if names else rid,
                     len(prompt),
                     service.tokenizer.detokenizer(prompt),
                     sampling.stop,

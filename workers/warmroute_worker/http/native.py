@@ -1,4 +1,4 @@
-"""SGLang's own endpoint: /generate."""
+"""SGLang's own endpoints: /generate, /abort_request, /tokenize, /detokenize."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     batch = isinstance(value, list) and not isinstance(value[0], int)
     stream = fields.boolean(body, "stream", False)
     prompts = [await service.token_ids(prompt, param, add_special_tokens=True) for prompt in parsed]
-    generation = Generation(service, prompts, param, sampling, stream=stream)
+    names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
+    generation = Generation(service, prompts, param, sampling, stream=stream, names=names)
     if stream:
         return await stream_answer(request, generation, _Chunks(generation, batch))
     with generation:
@@ -79,6 +80,45 @@ async def generate(request: web.Request) -> web.StreamResponse:
         content_type="application/json",
         headers=generation.cache_headers(),
     )
+
+
+async def abort_request(request: web.Request) -> web.Response:
+    """`{"rid"}` ends the answers to requests whose name begins so, `{"abort_all": true}` all; there may be none."""
+    service = request.app[SERVICE]
+    service.facts()
+    body = fields.json_object(await request.read())
+    everything = fields.boolean(body, "abort_all", False)
+    name = fields.text(body, "rid", "")
+    if not name and not everything:
+        raise invalid("`rid` must name a request, or `abort_all` be true", "rid")
+    return web.Response(
+        body=json_bytes({"aborted": service.engine.abort(None if everything else name)}),
+        content_type="application/json",
+    )
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    facts = service.facts()
+    body = fields.json_object(await request.read())
+    text = body.get("prompt")
+    if not isinstance(text, str):
+        raise invalid("`prompt` must be a string", "prompt")
+    special = fields.boolean(body, "add_special_tokens", True)
+    tokens = await service.token_ids(text, "prompt", add_special_tokens=special)
+    answer = {"tokens": tokens, "count": len(tokens), "max_model_len": facts.context_length}
+    return web.Response(body=json_bytes(answer), content_type="application/json")
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    facts = service.facts()
+    body = fields.json_object(await request.read())
+    given = body.get("tokens")
+    tokens = [] if given == [] else fields.prompts(given, "tokens", facts.vocab_size)[0]
+    if isinstance(tokens, str):
+        raise invalid("`tokens` must be a list of token ids", "tokens")
+    return web.Response(body=json_bytes({"text": service.tokenizer.decode(tokens)}), content_type="application/json")
 
 
 class _Chunks:
@@ -119,10 +159,12 @@ def _meta_info(state: RequestState) -> dict[str, Any]:
         reason = {"type": finish.kind}
         if finish.kind == "stop":
             reason["matched"] = finish.matched
+        elif finish.kind == "abort":
+            reason["message"] = finish.message
         else:
             reason["length"] = len(state.output_ids)
     return {
-        "id": state.rid,
+        "id": state.name,
         "finish_reason": reason,
         "prompt_tokens": state.prompt_tokens,
         "completion_tokens": len(state.output_ids),

@@ -68,7 +68,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     text = _chat_text(service, body)
     stream = fields.boolean(body, "stream", False)
     prompt = await service.token_ids(text, "messages", add_special_tokens=False)  # the template has written them
-    generation = Generation(service, [prompt], "messages", sampling, stream=stream)
+    names = fields.names(body, request.headers.get("x-request-id"), 1)
+    generation = Generation(service, [prompt], "messages", sampling, stream=stream, names=names)
     return await _answer(request, generation, _CHAT, body, stream)
 
 
@@ -82,7 +83,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     given = fields.prompts(body.get("prompt"), "prompt", facts.vocab_size)
     stream = fields.boolean(body, "stream", False)
     prompts = [await service.token_ids(prompt, "prompt", add_special_tokens=True) for prompt in given]
-    generation = Generation(service, prompts, "prompt", sampling, stream=stream)
+    names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
+    generation = Generation(service, prompts, "prompt", sampling, stream=stream, names=names)
     return await _answer(request, generation, _COMPLETION, body, stream)
 
 
