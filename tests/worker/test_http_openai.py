@@ -224,7 +224,12 @@ async def test_cached_tokens_of_the_second_turn(app: RunningApp) -> None:
         ("chat/completions", {"messages": user("\ud800")}, "messages"),
         ("chat/completions", {"messages": user("a"), "tools": [{"type": "function"}]}, "tools"),
         ("chat/completions", {"messages": user("a"), "response_format": {"type": "json_object"}}, "response_format"),
-        ("chat/completions", {"messages": user("a"), "n": 2}, "n"),
+        ("chat/completions", {"messages": user("a"), "n": 1000}, "n"),
+        ("chat/completions", {"messages": user("a"), "frequency_penalty": 3}, "frequency_penalty"),
+        ("chat/completions", {"messages": user("a"), "logit_bias": {"a": 1}}, "logit_bias"),
+        ("chat/completions", {"messages": user("a"), "logit_bias": {"100000": 1}}, "logit_bias"),
+        ("chat/completions", {"messages": user("a"), "logit_bias": {"1": 101}}, "logit_bias"),
+        ("chat/completions", {"messages": user("a"), "min_tokens": -1}, "min_tokens"),
         ("chat/completions", {"messages": user("a"), "logprobs": True}, "logprobs"),
         ("chat/completions", {"messages": user("a"), "model": 3}, "model"),
         ("chat/completions", {"messages": user("a"), "max_tokens": 0}, "max_tokens"),
@@ -345,3 +350,34 @@ async def test_the_openai_client(app: RunningApp) -> None:
         assert usage.prompt_tokens == len(chat_ids((USER, "héé")))
         with pytest.raises(openai.BadRequestError, match="at most 511"):
             await client.completions.create(model="tiny", prompt="a" * 1000)
+
+
+async def test_several_answers_to_one_prompt(app: RunningApp) -> None:
+    body = {"messages": user("ab"), "n": 3, "seed": 5, "temperature": 1, "stream_options": {"include_usage": True}}
+    answer = (await app.post("/v1/chat/completions", **body)).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    asked = [message for message in app.driver.received if isinstance(message, messages.Generate)]
+    assert [message.sampling.seed for message in asked] == [5, 6, 7]
+    assert len({message.rid for message in asked}) == 3
+    assert answer["usage"]["prompt_tokens"] == len(asked[0].token_ids), "a prompt counts once"
+    assert answer["usage"]["completion_tokens"] == sum(3 for _ in range(3))
+
+    response = await app.post("/v1/completions", prompt=["ab", "cd"], n=2, stream=True)
+    events = [json.loads(event) for event in sse_data(response.text)[:-1]]
+    texts = dict.fromkeys(range(4), "")
+    for event in events:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == {0: "ab", 1: "ab", 2: "cd", 3: "cd"}
+
+
+async def test_penalties_reach_the_engine(app: RunningApp) -> None:
+    fields = {"min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -0.5, "repetition_penalty": 1.2}
+    await app.post("/v1/completions", prompt="a", min_tokens=1, logit_bias={"7": 1, "8": -2.5}, **fields)
+    (asked,) = [message for message in app.driver.received if isinstance(message, messages.Generate)]
+    given = asked.sampling
+    assert (given.min_p, given.frequency_penalty, given.presence_penalty, given.repetition_penalty) == (
+        *(0.1, 0.5, -0.5),
+        1.2,
+    )
+    assert (given.logit_bias, given.min_new_tokens) == (((7, 1.0), (8, -2.5)), 1)

@@ -22,13 +22,23 @@ MAX_FRAME_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_k` below 1 and `top_p` 1 switch the filter off."""
+    """How the next token is drawn. `temperature` 0 is greedy; the defaults of the others switch them off."""
 
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
     seed: int | None = None
     """None: drawn from `--random-seed` and the request's number. The same seed gives the same tokens in any batch."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one are left out."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time that it has been generated; the next: once it has."""
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens of prompt and answer are divided by it, negative ones multiplied."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0
+    """Before so many, nothing that would end the answer is generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +167,9 @@ def decode(payload: bytes | memoryview) -> Message:
         fields = msgpack.unpackb(payload)
         cls = _CLASSES[fields.pop("type")]
         if cls is Generate:
-            fields["sampling"] = Sampling(**fields["sampling"])
+            sampling = fields["sampling"]
+            sampling["logit_bias"] = tuple((token, bias) for token, bias in sampling["logit_bias"])
+            fields["sampling"] = Sampling(**sampling)
         elif cls is StepOutput:
             fields["rows"] = [Row(*row) for row in fields["rows"]]
             fields["load"] = Load(**fields["load"])

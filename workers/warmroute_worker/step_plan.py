@@ -18,6 +18,21 @@ PADDING_PAGE = 0
 
 
 @dataclass(frozen=True)
+class LogitChanges:
+    """Single logits that are changed before a token is chosen, [n] each: of sampled sequence `rows[i]` id `ids[i]`."""
+
+    rows: Int64s
+    ids: Int64s
+    values: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+NO_CHANGES = LogitChanges(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+@dataclass(frozen=True)
 class SamplingColumns:
     """One entry per sequence that gets a token in this step, in the order of the plan."""
 
@@ -26,9 +41,15 @@ class SamplingColumns:
     top_ks: Int32s
     """Below 1: off."""
     top_ps: npt.NDArray[np.float32]
+    min_ps: npt.NDArray[np.float32]
+    """0: off."""
     seeds: npt.NDArray[np.uint64]
     positions: Int64s
     """Place of the new token in its sequence. With the seed it fixes the random number, whatever the batch."""
+    scaled: LogitChanges = NO_CHANGES
+    """First: positive logits are divided by the value, negative ones multiplied."""
+    added: LogitChanges = NO_CHANGES
+    """Then: the value is added; an id may stand here more than once."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 def sample(logits: torch.Tensor, columns: SamplingColumns) -> Int64s:
     """[rows, vocab] float32 logits -> [rows] token ids."""
     vocab = logits.shape[1]
+    logits = _changed(logits, columns)
     tokens = logits.argmax(dim=-1)
     drawn = columns.temperatures > 0
     if drawn.any():
-        filtered = drawn & (((columns.top_ks >= 1) & (columns.top_ks < vocab)) | (columns.top_ps < 1))
+        fewer = ((columns.top_ks >= 1) & (columns.top_ks < vocab)) | (columns.top_ps < 1) | (columns.min_ps > 0)
+        filtered = drawn & fewer
         numbers = uniforms(columns.seeds, columns.positions)
         for kind, draw in ((drawn & ~filtered, _draw), (filtered, _draw_filtered)):
             rows = np.flatnonzero(kind)
@@ -30,23 +32,47 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> Int64s:
     return result
 
 
+def _changed(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+    """As the penalties and biases of the rows want them."""
+    scaled, added = columns.scaled, columns.added
+    if not len(scaled) and not len(added):
+        return logits
+    logits = logits.clone()
+    for changes in (scaled, added):
+        known = np.flatnonzero(changes.ids < logits.shape[1])  # a stop id may be one that the model does not have
+        if not len(known):
+            continue
+        places = tuple(torch.from_numpy(column[known]).to(logits.device) for column in (changes.rows, changes.ids))
+        values = torch.from_numpy(changes.values[known]).to(logits.device)
+        if changes is scaled:
+            before = logits[places]
+            logits[places] = torch.where(before > 0, before / values, before * values)
+        else:
+            logits.index_put_(places, values, accumulate=True)
+    return logits
+
+
 def _draw(logits: torch.Tensor, columns: SamplingColumns, rows: Int64s, numbers: Float64s) -> torch.Tensor:
     """Inversion of the whole distribution, in the order of token ids."""
     return _invert(_probabilities(logits, columns, rows), numbers)
 
 
 def _draw_filtered(logits: torch.Tensor, columns: SamplingColumns, rows: Int64s, numbers: Float64s) -> torch.Tensor:
-    """The `top_k` likeliest tokens, and of them the fewest whose share reaches `top_p`; equal ones by token id."""
+    """The `top_k` likeliest tokens, of them the fewest whose share reaches `top_p`, and of these such as are not below
+    `min_p` of the likeliest; equal ones by token id."""
     vocab, device = logits.shape[1], logits.device
     ordered, ids = _probabilities(logits, columns, rows).sort(dim=-1, descending=True, stable=True)
     wanted = columns.top_ks[rows].astype(np.int64)
     top_ks = torch.from_numpy(np.where(wanted < 1, vocab, wanted)).to(device)
     top_ps = torch.from_numpy(columns.top_ps[rows].astype(np.float64)).to(device)
+    min_ps = torch.from_numpy(columns.min_ps[rows].astype(np.float64)).to(device)
+    unlikely = ordered < ordered[:, :1] * min_ps[:, None]
     ordered = ordered.masked_fill_(torch.arange(vocab, device=device) >= top_ks[:, None], 0.0)
     ordered /= ordered.sum(dim=-1, keepdim=True)
     before = ordered.cumsum(dim=-1) - ordered
     before[:, 0] = -1.0  # the likeliest token stays, even with top_p 0
     ordered.masked_fill_(before >= top_ps[:, None], 0.0)
+    ordered.masked_fill_(unlikely, 0.0)
     return ids.gather(1, _invert(ordered, numbers)[:, None])[:, 0]
 
 

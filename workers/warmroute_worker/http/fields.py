@@ -16,6 +16,7 @@ JsonObject = dict[str, Any]
 
 _MAX_PROMPTS = 1024
 """Prompts of one request; more would only make one client's request crowd out all others."""
+_MAX_ANSWERS = 128
 _MAX_STOP_STRINGS = 64
 """OpenAI allows 4. Each is searched in each new piece of text, so there has to be some bound."""
 
@@ -31,6 +32,14 @@ class Sampling:
     top_p: float
     top_k: int
     """-1: all."""
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    min_new_tokens: int
+    num_answers: int
+    """To each prompt."""
     seed: int | None
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -50,21 +59,43 @@ def json_object(body: bytes) -> JsonObject:
 
 
 def sampling(
-    fields: Mapping[str, Any], *, limit: str, default_limit: int | None, seed: str, prefix: str = ""
+    fields: Mapping[str, Any],
+    *,
+    limit: str,
+    least: str,
+    default_limit: int | None,
+    seed: str,
+    vocab_size: int,
+    prefix: str = "",
 ) -> Sampling:
-    """`limit` and `seed` name the fields for the most new tokens and the seed; `prefix` goes before names in errors."""
+    """`limit`, `least` and `seed` name the fields for the most and fewest new tokens and the seed; `prefix` goes before
+    names in errors."""
     reader = _Reader(fields, prefix)
     max_new_tokens = reader.integer(limit, default_limit, 1, None)
     temperature = reader.number("temperature", 1.0, 0.0, None)
     top_p = reader.number("top_p", 1.0, 0.0, 1.0)
     top_k = reader.integer("top_k", -1, -1, None)
     chosen_seed = reader.integer(seed, None, -(1 << 63), (1 << 63) - 1)
+    min_new_tokens = reader.integer(least, 0, 0, None)
+    num_answers = reader.integer("n", 1, 1, _MAX_ANSWERS)
     assert top_k is not None, "it has a default"
+    assert min_new_tokens is not None, "so has it"
+    assert num_answers is not None, "and it"
+    repetition_penalty = reader.number("repetition_penalty", 1.0, 0.0, 2.0)
+    if not repetition_penalty:
+        raise invalid(f"`{prefix}repetition_penalty` must be above 0", f"{prefix}repetition_penalty")
     return Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k or -1,  # 0 means all in vLLM, -1 in SGLang
+        min_p=reader.number("min_p", 0.0, 0.0, 1.0),
+        frequency_penalty=reader.number("frequency_penalty", 0.0, -2.0, 2.0),
+        presence_penalty=reader.number("presence_penalty", 0.0, -2.0, 2.0),
+        repetition_penalty=repetition_penalty,
+        logit_bias=reader.biases("logit_bias", vocab_size),
+        min_new_tokens=min_new_tokens,
+        num_answers=num_answers,
         seed=None if chosen_seed is None else chosen_seed & ((1 << 63) - 1),
         stop=reader.strings("stop"),
         stop_token_ids=tuple(reader.integers("stop_token_ids")),
@@ -189,6 +220,27 @@ class _Reader:
         if len(values) > _MAX_STOP_STRINGS:
             raise self._wrong(name, f"must hold at most {_MAX_STOP_STRINGS} strings")
         return tuple(values)
+
+    def biases(self, name: str, vocab_size: int) -> tuple[tuple[int, float], ...]:
+        """A map of token ids, as JSON writes keys, to numbers from -100 to 100."""
+        value = self._fields.get(name)
+        if value is None:
+            return ()
+        rule = f"must map ids of the vocabulary of {vocab_size} to numbers in -100 .. 100"
+        if not isinstance(value, dict):
+            raise self._wrong(name, rule)
+        biases = []
+        for key, bias in value.items():
+            is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            if (
+                not (key.isascii() and key.isdigit())
+                or int(key) >= vocab_size
+                or not is_number
+                or not -100 <= bias <= 100
+            ):
+                raise self._wrong(name, rule)
+            biases.append((int(key), float(bias)))
+        return tuple(biases)
 
     def integers(self, name: str) -> list[int]:
         value = self._fields.get(name)

@@ -39,8 +39,11 @@ class Generation:
         names: Sequence[str] | None = None,
     ) -> None:
         """`names`: what the client calls each prompt. Raises ApiError when these (field `param`) cannot be taken."""
-        facts = service.admit(prompts, param)
+        facts = service.admit(prompts, param, sampling.num_answers)
         self.id = uuid.uuid4().hex
+        self.answers_each = sampling.num_answers
+        """Of every prompt; they stand side by side in `states`."""
+        prompts = [prompt for prompt in prompts for _ in range(sampling.num_answers)]
         self.states: list[RequestState] = []
         self._engine = service.engine
         self._changed = asyncio.Event()
@@ -54,7 +57,7 @@ class Generation:
             self.states.append(
                 RequestState(
                     rid,
-                    names[index] if names else rid,
+                    names[index // sampling.num_answers] if names else rid,
                     len(prompt),
                     service.tokenizer.detokenizer(prompt),
                     sampling.stop,
@@ -75,7 +78,13 @@ class Generation:
                         temperature=sampling.temperature,
                         top_k=sampling.top_k,
                         top_p=sampling.top_p,
-                        seed=sampling.seed,
+                        min_p=sampling.min_p,
+                        frequency_penalty=sampling.frequency_penalty,
+                        presence_penalty=sampling.presence_penalty,
+                        repetition_penalty=sampling.repetition_penalty,
+                        logit_bias=sampling.logit_bias,
+                        min_new_tokens=sampling.min_new_tokens,
+                        seed=None if sampling.seed is None else sampling.seed + index % sampling.num_answers,
                     ),
                 )
             )
@@ -122,11 +131,11 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(state.prompt_tokens for state in self.states)
+        return sum(state.prompt_tokens for state in self.states[:: self.answers_each])
 
     @property
     def cached_tokens(self) -> int:
-        return sum(state.cached_tokens or 0 for state in self.states)
+        return sum(state.cached_tokens or 0 for state in self.states[:: self.answers_each])
 
     @property
     def completion_tokens(self) -> int:

@@ -29,13 +29,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "lora_path": (),
 }
 _SAMPLING_REFUSED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "min_p": (0,),
-    "min_new_tokens": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "json_schema": (),
     "regex": (),
     "ebnf": (),
@@ -58,11 +51,17 @@ async def generate(request: web.Request) -> web.StreamResponse:
     fields.refuse(parameters, _SAMPLING_REFUSED, "sampling_params.")
     seed = "seed" if parameters.get("sampling_seed") is None else "sampling_seed"
     sampling = fields.sampling(
-        parameters, limit="max_new_tokens", default_limit=_NEW_TOKENS, seed=seed, prefix="sampling_params."
+        parameters,
+        limit="max_new_tokens",
+        least="min_new_tokens",
+        default_limit=_NEW_TOKENS,
+        seed=seed,
+        vocab_size=facts.vocab_size,
+        prefix="sampling_params.",
     )
     param, value = given[0], body[given[0]]
     parsed = fields.prompts(value, param, facts.vocab_size)
-    batch = isinstance(value, list) and not isinstance(value[0], int)
+    batch = (isinstance(value, list) and not isinstance(value[0], int)) or sampling.num_answers > 1
     stream = fields.boolean(body, "stream", False)
     prompts = [await service.token_ids(prompt, param, add_special_tokens=True) for prompt in parsed]
     names = fields.names(body, request.headers.get("x-request-id"), len(prompts))

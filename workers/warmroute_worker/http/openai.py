@@ -24,12 +24,6 @@ _COMPLETION_TOKENS = 16
 """OpenAI's default for `max_tokens` of /v1/completions; a chat's is what the context holds."""
 
 _SAMPLING_REFUSED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
     "regex": (),
     "ebnf": (),
     "json_schema": (),
@@ -59,12 +53,12 @@ _COMPLETION_REFUSED = {
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
-    service.open_facts()
+    facts = service.open_facts()
     body = fields.json_object(await request.read())
     fields.refuse(body, _CHAT_REFUSED)
     fields.check_rank(body)
     limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    sampling = fields.sampling(body, limit=limit, default_limit=None, seed="seed")
+    sampling = _sampling(body, limit, None, facts.vocab_size)
     text = _chat_text(service, body)
     stream = fields.boolean(body, "stream", False)
     prompt = await service.token_ids(text, "messages", add_special_tokens=False)  # the template has written them
@@ -79,13 +73,19 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = fields.json_object(await request.read())
     fields.refuse(body, _COMPLETION_REFUSED)
     fields.check_rank(body)
-    sampling = fields.sampling(body, limit="max_tokens", default_limit=_COMPLETION_TOKENS, seed="seed")
+    sampling = _sampling(body, "max_tokens", _COMPLETION_TOKENS, facts.vocab_size)
     given = fields.prompts(body.get("prompt"), "prompt", facts.vocab_size)
     stream = fields.boolean(body, "stream", False)
     prompts = [await service.token_ids(prompt, "prompt", add_special_tokens=True) for prompt in given]
     names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
     generation = Generation(service, prompts, "prompt", sampling, stream=stream, names=names)
     return await _answer(request, generation, _COMPLETION, body, stream)
+
+
+def _sampling(body: Mapping[str, Any], limit: str, default_limit: int | None, vocab_size: int) -> fields.Sampling:
+    return fields.sampling(
+        body, limit=limit, least="min_tokens", default_limit=default_limit, seed="seed", vocab_size=vocab_size
+    )
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Service:
         except ValueError as error:
             raise ApiError(ErrorCode.INVALID_REQUEST, f"`{param}`: {error}", param) from error
 
-    def admit(self, prompts: Sequence[Sequence[int]], param: str) -> messages.Ready:
+    def admit(self, prompts: Sequence[Sequence[int]], param: str, answers_each: int) -> messages.Ready:
         """The facts, if these prompts may go to the engine now; else raises ApiError. `param` is the prompts' field."""
         facts = self.open_facts()
         limit = token_limit(facts)
@@ -83,7 +83,10 @@ class Service:
                     param,
                 )
         queue = self.args.max_queued_requests
-        if queue is not None and len(self.engine.live) + len(prompts) > facts.max_running_requests + queue:
+        if (
+            queue is not None
+            and len(self.engine.live) + len(prompts) * answers_each > facts.max_running_requests + queue
+        ):
             raise ApiError(ErrorCode.QUEUE_FULL, f"{len(self.engine.live)} requests run or wait; try again later")
         return facts
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from warmroute_worker.scheduler.logit_changes import logit_changes
 from warmroute_worker.step_plan import SamplingColumns, StepPlan
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def step_plan(chunks: Sequence[Chunk], page_updates: Sequence[tuple[int, int, in
     for request, length in chunks:
         tokens += request.tokens[request.num_computed : request.num_computed + length]
     sampled = [chunk.request for chunk in chunks if chunk.samples]
+    scaled, added = logit_changes(sampled)
     return StepPlan(
         rows=np.array([chunk.request.row for chunk in chunks], np.int32),
         starts=np.array([chunk.request.num_computed for chunk in chunks], np.int32),
@@ -44,8 +46,11 @@ def step_plan(chunks: Sequence[Chunk], page_updates: Sequence[tuple[int, int, in
             temperatures=np.array([request.sampling.temperature for request in sampled], np.float32),
             top_ks=np.array([min(request.sampling.top_k, _INT32_MAX) for request in sampled], np.int32),
             top_ps=np.array([request.sampling.top_p for request in sampled], np.float32),
+            min_ps=np.array([request.sampling.min_p for request in sampled], np.float32),
             seeds=np.array([request.seed for request in sampled], np.uint64),
             positions=np.array([len(request.tokens) for request in sampled], np.int64),
+            scaled=scaled,
+            added=added,
         ),
         page_updates=np.array(page_updates, np.int32).reshape(-1, 3),
     )

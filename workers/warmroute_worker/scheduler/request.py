@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from warmroute_worker.kv.cache import PageLease
     from warmroute_worker.kv.radix import PageKey
     from warmroute_worker.messages import Sampling
+    from warmroute_worker.scheduler.logit_changes import TokenCounts
 
 
 class Request:
@@ -20,6 +21,7 @@ class Request:
     __slots__ = (
         "_keys",
         "cached_tokens",
+        "counts",
         "expected_uncached",
         "lease",
         "max_new_tokens",
@@ -58,6 +60,8 @@ class Request:
         """Prompt tokens found cached when the request first ran; None before."""
         self.expected_uncached = 0
         """Prompt tokens that were not cached when it came."""
+        self.counts: TokenCounts | None = None
+        """Of a request whose sampling asks for it, once it has been sampled."""
         self.lease: PageLease | None = None
         self.row = -1
         self._keys: list[PageKey] = []
