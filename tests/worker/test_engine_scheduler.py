@@ -77,6 +77,8 @@ class Run:
             "page_size": PAGE,
             "max_running_requests": 6,
             "chunked_prefill_size": 16,
+            "schedule_policy": "fcfs",
+            "schedule_conservativeness": 1.0,
             "random_seed": 0,
         }
         self.limits = Limits(**(settings | changes))
@@ -401,3 +403,47 @@ def test_overhead_per_step_at_64_running() -> None:
         run.scheduler.apply([1] * len(plan))
         best = min(best, time.perf_counter() - started)
     assert best < 0.004
+
+
+def begun(policy: str) -> list[str]:
+    """The order in which waiting requests begin to run: one row, a warm prefix, and a stranger before its friends."""
+    run = Run(max_running_requests=1, schedule_policy=policy)
+    warm = list(range(20))
+    run.scheduler.add(Generate("first", warm, 1))
+    run.finish()
+    run.scheduler.add(Generate("stranger", [40, 41, 42, 43, 44, 45, 46, 47, 48], 1))
+    run.scheduler.add(Generate("near", [*warm[:8], 30, 31, 32, 33], 1))
+    run.scheduler.add(Generate("nearest", [*warm, 30, 31], 1))
+    run.finish()
+    return [rid for rid in run.rows if rid != "first"]
+
+
+def test_policies_order_who_waits() -> None:
+    assert begun("fcfs") == ["stranger", "near", "nearest"]
+    assert begun("lpm") == ["nearest", "near", "stranger"]
+
+
+def test_with_lpm_everybody_is_answered_all_the_same() -> None:
+    generator = random.Random(5)
+    run = Run(num_pages=24, schedule_policy="lpm")
+    sent = {}
+    for number in range(60):
+        start = generator.choice([[1, 2, 3, 4, 5, 6, 7, 8], [9] * 6, []])
+        message = Generate(str(number), start + [generator.randrange(VOCAB) for _ in range(9)], 20)
+        sent[message.rid] = message
+        run.scheduler.add(message)
+        run.step()
+    run.finish()
+    for rid, message in sent.items():
+        assert run.answer(rid) == expected_answer(message, run.room)
+
+
+def test_a_conservative_scheduler_retracts_less() -> None:
+    def retractions(conservativeness: float) -> int:
+        run = Run(num_pages=30, schedule_conservativeness=conservativeness)
+        for number in range(12):
+            run.scheduler.add(Generate(str(number), [number] * 6, 40, ignore_eos=True))
+        run.finish()
+        return run.scheduler.retractions_total
+
+    assert retractions(0.05) > retractions(10.0) == 0

@@ -36,6 +36,8 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         log_level="debug",
         max_queued_requests=0,
         drain_timeout=1.5,
+        schedule_policy="lpm",
+        schedule_conservativeness=0.5,
     )
     argv: list[str] = []
     for field in dataclasses.fields(WorkerArgs):
@@ -52,6 +54,7 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         (["--model-path", ""], "--model-path must not be empty"),
         (["--model-path", "m", "--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["--model-path", "m", "--page-size", "0"], "--page-size must be at least 1, got 0"),
+        (["--model-path", "m", "--schedule-conservativeness", "0"], "--schedule-conservativeness must be between 0"),
         (["--model-path", "m", "--page-size", "x"], "--page-size: invalid int value: 'x'"),
         (["--model-path", "m", "--max-total-tokens", "8"], "--max-total-tokens must hold at least one page of 16"),
         (["--model-path", "m", "--mem-fraction-static", "1.5"], "--mem-fraction-static must be between 0 and 1"),

@@ -176,3 +176,14 @@ async def test_tokens_of_a_text_and_back(app: RunningApp) -> None:
     for wrong in ({"tokens": "text"}, {"tokens": [10**9]}, {}):
         assert (await app.post("/detokenize", **wrong)).status_code == 400
     assert (await app.post("/tokenize", prompt=[1])).status_code == 400
+
+
+async def test_health_generate_makes_a_token(app: RunningApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await app.client.get("/health_generate")).status_code == 200
+    asked = [message for message in app.driver.received if isinstance(message, messages.Generate)]
+    assert (asked[0].token_ids, asked[0].max_new_tokens) == ([0], 1)
+    monkeypatch.setattr("warmroute_worker.http.native.HEALTH_SECONDS", 0.1)
+    app.driver.step_seconds = 5.0
+    answer = await app.client.get("/health_generate")
+    assert answer.status_code == 503
+    assert "no token was made within 0.1 s" in answer.json()["error"]["message"]

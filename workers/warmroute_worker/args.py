@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+SCHEDULE_POLICIES = ("fcfs", "lpm")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -37,6 +38,10 @@ class WorkerArgs:
     mem_fraction_static: float | None = None
     """Share of the device's memory for weights and KV pool together (SGLang's meaning); None: chosen by the engine."""
     max_running_requests: int = 256
+    schedule_policy: str = "fcfs"
+    """Who is admitted first: fcfs: who came first; lpm: whose prompt has the longest cached prefix."""
+    schedule_conservativeness: float = 1.0
+    """Scales the share of future tokens that is kept free when a request is admitted; larger: fewer retractions."""
     chunked_prefill_size: int = 2048
     """Prompt tokens computed per step at most; -1: whole prompts."""
     context_length: int | None = None
@@ -61,6 +66,14 @@ class WorkerArgs:
         _check(
             self.load_format in LOAD_FORMATS,
             f"--load-format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}",
+        )
+        _check(
+            self.schedule_policy in SCHEDULE_POLICIES,
+            f"--schedule-policy must be one of {', '.join(SCHEDULE_POLICIES)}, got {self.schedule_policy!r}",
+        )
+        _check(
+            0 < self.schedule_conservativeness < 100,
+            f"--schedule-conservativeness must be between 0 and 100, got {self.schedule_conservativeness}",
         )
         _check(
             self.log_level in LOG_LEVELS, f"--log-level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
@@ -145,12 +158,10 @@ _REFUSED: dict[str, str] = {
     "--kv-cache-dtype": "the KV pool has the model's dtype",
     "--lora-paths": "LoRA adapters are not supported",
     "--moe-a2a-backend": "expert parallelism comes with a later release",
-    "--moe-runner-backend": "models with experts come with a later release",
+    "--moe-runner-backend": "there is one implementation of experts, torch's own",
     "--node-rank": "a worker runs on one host for now",
     "--quantization": "what config.json says about quantisation is used",
     "--reasoning-parser": "answers are returned as the model wrote them",
-    "--schedule-conservativeness": "it comes with a later release",
-    "--schedule-policy": "it comes with a later release",
     "--skip-tokenizer-init": "the worker always tokenises",
     "--speculative-algorithm": "speculative decoding is not supported",
     "--stream-interval": "every step is sent",
@@ -185,6 +196,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--mem-fraction-static", float, "share of memory for weights and KV pool together"),
         ("--max-running-requests", int, "requests in one batch at most"),
         ("--max-queued-requests", int, "requests that may wait before new ones get 503; None: no limit"),
+        ("--schedule-conservativeness", float, "more than 1: keep more of the pool free, retract less"),
         ("--chunked-prefill-size", int, "prompt tokens per step at most; -1: whole prompts"),
         ("--context-length", int, "tokens per request at most; None: the model's own limit"),
         ("--random-seed", int, "seed of sampling and of dummy weights"),
@@ -195,6 +207,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     for flag, choices, text in (
         ("--device", DEVICES, "auto: CUDA when there is one"),
         ("--dtype", DTYPES, "auto: what is fast on the device"),
+        ("--schedule-policy", SCHEDULE_POLICIES, "fcfs: who came first; lpm: the longest cached prefix"),
         ("--load-format", LOAD_FORMATS, "dummy: seeded random weights, only config.json and tokenizer are read"),
         ("--log-level", LOG_LEVELS, "what is logged to stderr"),
     ):

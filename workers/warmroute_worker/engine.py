@@ -31,6 +31,8 @@ class Engine:
             page_size=args.page_size,
             max_running_requests=args.max_running_requests,
             chunked_prefill_size=args.chunked_prefill_size,
+            schedule_policy=args.schedule_policy,
+            schedule_conservativeness=args.schedule_conservativeness,
             random_seed=args.random_seed,
         )
         self.scheduler = Scheduler(limits, self.cache)

@@ -37,6 +37,7 @@ def make_app(service: Service) -> web.Application:
             web.post("/detokenize", native.detokenize),
             web.get("/v1/models", admin.models),
             web.get("/health", admin.health),
+            web.get("/health_generate", native.health_generate),
             web.get("/server_info", admin.server_info),
             web.get("/get_server_info", admin.server_info),
             web.get("/model_info", admin.model_info),

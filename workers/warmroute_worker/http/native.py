@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from warmroute_worker.http import fields
-from warmroute_worker.http.errors import invalid
+from warmroute_worker.http.errors import ApiError, ErrorCode, invalid
 from warmroute_worker.http.generation import Generation
 from warmroute_worker.http.service import SERVICE
 from warmroute_worker.http.sse import event, json_bytes, stream_answer
@@ -16,6 +17,7 @@ from warmroute_worker.http.sse import event, json_bytes, stream_answer
 if TYPE_CHECKING:
     from warmroute_worker.request_state import RequestState
 
+HEALTH_SECONDS = 20.0
 _NEW_TOKENS = 128
 """SGLang's default for `max_new_tokens`."""
 
@@ -94,6 +96,27 @@ async def abort_request(request: web.Request) -> web.Response:
         body=json_bytes({"aborted": service.engine.abort(None if everything else name)}),
         content_type="application/json",
     )
+
+
+async def health_generate(request: web.Request) -> web.Response:
+    """200 once a token has been made, 503 when none was within `HEALTH_SECONDS`."""
+    service = request.app[SERVICE]
+    facts = service.open_facts()
+    sampling = fields.sampling(
+        {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
+        limit="max_new_tokens",
+        least="min_new_tokens",
+        default_limit=1,
+        seed="seed",
+        vocab_size=facts.vocab_size,
+    )
+    try:
+        async with asyncio.timeout(HEALTH_SECONDS):
+            with Generation(service, [[0]], "input_ids", sampling, stream=False) as generation:
+                await generation.finished()
+    except TimeoutError:
+        raise ApiError(ErrorCode.ENGINE_FAILED, f"no token was made within {HEALTH_SECONDS:g} s") from None
+    return web.Response()
 
 
 async def tokenize(request: web.Request) -> web.Response:

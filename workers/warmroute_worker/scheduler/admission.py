@@ -43,11 +43,13 @@ class NewTokenRatio:
     DECAY_STEPS = 600
     RETRACTION_PENALTY = 0.2
 
-    def __init__(self) -> None:
-        self.value = self.INITIAL
+    def __init__(self, conservativeness: float) -> None:
+        self.value = min(1.0, self.INITIAL * conservativeness)
+        self._minimum = min(1.0, self.MINIMUM * conservativeness)
+        self._decay = (self.value - self._minimum) / self.DECAY_STEPS
 
     def stepped(self) -> None:
-        self.value = max(self.MINIMUM, self.value - (self.INITIAL - self.MINIMUM) / self.DECAY_STEPS)
+        self.value = max(self._minimum, self.value - self._decay)
 
     def retracted(self) -> None:
         self.value = min(1.0, self.value + self.RETRACTION_PENALTY)

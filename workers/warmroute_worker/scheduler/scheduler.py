@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 UNCHUNKED_PREFILL_TOKENS = 16384
 """With chunking off, prompts are computed whole and no further one is begun in a step that has so many tokens."""
 
+ORDERED_REQUESTS = 128
+"""With more of them waiting, lpm is fcfs: to match all in each step would cost more than it saves (as in SGLang)."""
+
 DEFERRALS_PER_STEP = 64
 """How many waiting requests one admission may step over because their prefix is being computed: bounds its time."""
 
@@ -44,6 +47,9 @@ class Limits:
     max_running_requests: int
     chunked_prefill_size: int
     """-1: whole prompts."""
+    schedule_policy: str
+    """fcfs or lpm."""
+    schedule_conservativeness: float
     random_seed: int
 
 
@@ -59,7 +65,7 @@ class Scheduler:
         self._running: list[Request] = []
         """Oldest admission first."""
         self._free_rows = list(range(limits.max_running_requests - 1, -1, -1))
-        self._ratio = NewTokenRatio()
+        self._ratio = NewTokenRatio(limits.schedule_conservativeness)
         self._chunks: list[Chunk] = []
         """What the plan in flight computes."""
         self._page_updates: list[tuple[int, int, int]] = []
@@ -223,6 +229,7 @@ class Scheduler:
                 lease = request.lease
                 assert lease is not None
                 being_computed |= _next_page(lease.node, lease.num_shared, self._matchable(request))
+        self._order()
         deferred: list[Request] = []
         while self._waiting and self._free_rows and budget > 0 and len(deferred) < DEFERRALS_PER_STEP:
             request = self._waiting[0]
@@ -241,6 +248,14 @@ class Scheduler:
             being_computed |= next_page
             budget -= request.num_pending
         self._waiting.extendleft(reversed(deferred))
+
+    def _order(self) -> None:
+        """With lpm: those that were retracted, then by the pages of their prompts that are cached, then by arrival."""
+        if self._limits.schedule_policy != "lpm" or not 1 < len(self._waiting) <= ORDERED_REQUESTS:
+            return
+        if self._free_rows:
+            key = {r.rid: (r.num_new == 0, -self._cache.match_length(self._matchable(r))) for r in self._waiting}
+            self._waiting = deque(sorted(self._waiting, key=lambda request: key[request.rid]))
 
     def _wanted_pages(self, request: Request) -> tuple[int, int]:
         """Pages for all the request's tokens, and how many must be left then for it and the others to grow."""
