@@ -175,3 +175,25 @@ def test_an_abort_through_the_router_ends_the_answer(fleet: Fleet) -> None:
         thread.join(10)
         assert ended == [(200, "abort")]
         eventually("loads are 0", lambda: set(router.loads().values()) == {0})
+
+
+def test_logprobs_for_a_real_client(setup: Setup) -> None:
+    answer = setup.client.chat.completions.create(
+        model="m",
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=12,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
+        n=2,
+    )
+    assert len(answer.choices) == 2
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        content = choice.logprobs.content
+        assert content
+        assert "".join(token.token for token in content) == choice.message.content
+        for token in content:
+            assert token.logprob <= 0
+            assert token.top_logprobs[0].logprob == token.logprob, "greedy takes the likeliest"
+            assert len(token.top_logprobs) == 3

@@ -136,7 +136,12 @@ class FakeDriver:
             self._totals["generated"] += len(ids)
             if finish is not None:
                 del self.running[rid]
-            rows.append(messages.Row(rid, ids, finish, request.cached_tokens, None))
+            told = request.generate.sampling.logprobs
+            logprobs = None
+            if told is not None:  # as the engine does, of one token at a time
+                assert len(ids) == 1
+                logprobs = messages.TokenLogprobs(-0.5, [(ids[0], -0.5), (ord("z"), -1.5)][:told])
+            rows.append(messages.Row(rid, ids, finish, request.cached_tokens, None, logprobs))
         if rows:
             self._send(messages.StepOutput(rows=rows, load=self._load()))
 

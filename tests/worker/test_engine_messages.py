@@ -24,6 +24,7 @@ from warmroute_worker.messages import (
     Sampling,
     Shutdown,
     StepOutput,
+    TokenLogprobs,
     decode,
     encode,
 )
@@ -37,7 +38,12 @@ EVERY_KIND: list[Message] = [
     Ready(8192, 320, 4096, 16, 256, [257], "llama", ["LlamaForCausalLM"], "float32", "cpu", 1 << 33, 1 << 40),
     Failed("--model-path nowhere: there is no such folder"),
     StepOutput(
-        [Row("r1", [3, 4], None, 16, None), Row("r2", [], "error", 0, "too long")], Load(1, 2, 3, 4, 5, 6, 7, 8, 9)
+        [
+            Row("r1", [3, 4], None, 16, None),
+            Row("r2", [], "error", 0, "too long"),
+            Row("r3", [9], None, 0, None, TokenLogprobs(-0.5, [(9, -0.5), (1, -1.5)])),
+        ],
+        Load(1, 2, 3, 4, 5, 6, 7, 8, 9),
     ),
     FlushResult(7, False, "2 requests are running"),
 ]

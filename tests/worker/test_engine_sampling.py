@@ -136,6 +136,7 @@ def columns(rows: int, **changes: Any) -> SamplingColumns:
         "min_ps": np.zeros(rows, np.float32),
         "seeds": np.arange(rows, dtype=np.uint64),
         "positions": np.zeros(rows, np.int64),
+        "logprobs": np.full(rows, -1, np.int32),
     }
     return SamplingColumns(**(settings | changes))
 
@@ -175,3 +176,31 @@ def test_several_answers_differ_and_are_reproducible(model: tuple[Path, Any]) ->
     answers = [first[str(n)].token_ids for n in range(3)]
     assert answers == [second[str(n)].token_ids for n in range(3)]
     assert len({tuple(answer) for answer in answers}) == 3
+
+
+def test_logprobs_are_those_of_transformers(model: tuple[Path, Any]) -> None:
+    """Of the model as it is, whatever penalties and temperature do to the choice; and only for those who ask."""
+    folder, transformers = model
+    asking = Sampling(temperature=0.9, seed=1, frequency_penalty=0.5, logprobs=3)
+    requests = [
+        Generate("asks", PROMPT, 8, sampling=asking),
+        Generate("silent", PROMPT, 8, sampling=replace(asking, logprobs=None)),
+        Generate("own", PROMPT, 8, sampling=replace(asking, logprobs=0)),
+    ]
+    engine = load_engine(folder)
+    for request in requests:
+        engine.scheduler.add(request)
+    rows: dict[str, list[Any]] = {}
+    while not engine.is_idle:
+        for row in engine.step().rows:
+            rows.setdefault(row.rid, []).append(row)
+    tokens = {rid: [row.token_ids[0] for row in own] for rid, own in rows.items()}
+    assert tokens["asks"] == tokens["silent"] == tokens["own"], "who asks gets no other answer"
+    assert all(row.logprobs is None for row in rows["silent"])
+    assert all(row.logprobs.top == [] for row in rows["own"])
+    for place, row in enumerate(rows["asks"]):
+        expected = torch.log_softmax(last_logits(transformers, PROMPT + tokens["asks"][:place]).double(), -1)
+        assert row.logprobs.own == pytest.approx(float(expected[row.token_ids[0]]), abs=2e-4)
+        best = expected.topk(3)
+        assert [token for token, _ in row.logprobs.top] == best.indices.tolist()
+        assert [logprob for _, logprob in row.logprobs.top] == pytest.approx(best.values.tolist(), abs=2e-4)

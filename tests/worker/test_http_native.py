@@ -107,7 +107,8 @@ async def test_input_ids_and_defaults(app: RunningApp) -> None:
         ({"text": "a", "sampling_params": {"repetition_penalty": 0}}, "sampling_params.repetition_penalty"),
         ({"text": "a", "rid": 3}, "rid"),
         ({"text": "a", "sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
-        ({"text": "a", "return_logprob": True}, "return_logprob"),
+        ({"text": "a", "return_logprob": 1}, "return_logprob"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": 0}, "logprob_start_len"),
         ({"text": "a", "image_data": "x"}, "image_data"),
         ({"text": "a", "data_parallel_rank": 3}, "data_parallel_rank"),
         ({"text": "a" * 512}, "text"),
@@ -187,3 +188,12 @@ async def test_health_generate_makes_a_token(app: RunningApp, monkeypatch: pytes
     answer = await app.client.get("/health_generate")
     assert answer.status_code == 503
     assert "no token was made within 0.1 s" in answer.json()["error"]["message"]
+
+
+async def test_logprobs(app: RunningApp) -> None:
+    app.driver.tokens_per_step = 1
+    answer = (await app.post("/generate", text="ab", return_logprob=True, top_logprobs_num=2)).json()
+    meta = answer["meta_info"]
+    assert meta["output_token_logprobs"] == [[-0.5, token, None] for token in answer["output_ids"]]
+    assert meta["output_top_logprobs"][0] == [[-0.5, ord("a"), None], [-1.5, ord("z"), None]]
+    assert "output_token_logprobs" not in (await app.post("/generate", text="ab")).json()["meta_info"]

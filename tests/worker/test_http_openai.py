@@ -230,7 +230,10 @@ async def test_cached_tokens_of_the_second_turn(app: RunningApp) -> None:
         ("chat/completions", {"messages": user("a"), "logit_bias": {"100000": 1}}, "logit_bias"),
         ("chat/completions", {"messages": user("a"), "logit_bias": {"1": 101}}, "logit_bias"),
         ("chat/completions", {"messages": user("a"), "min_tokens": -1}, "min_tokens"),
-        ("chat/completions", {"messages": user("a"), "logprobs": True}, "logprobs"),
+        ("chat/completions", {"messages": user("a"), "logprobs": 3}, "logprobs"),
+        ("chat/completions", {"messages": user("a"), "top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", {"messages": user("a"), "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("completions", {"prompt": "a", "logprobs": -1}, "logprobs"),
         ("chat/completions", {"messages": user("a"), "model": 3}, "model"),
         ("chat/completions", {"messages": user("a"), "max_tokens": 0}, "max_tokens"),
         ("chat/completions", {"messages": user("a"), "max_completion_tokens": "9"}, "max_completion_tokens"),
@@ -381,3 +384,39 @@ async def test_penalties_reach_the_engine(app: RunningApp) -> None:
         1.2,
     )
     assert (given.logit_bias, given.min_new_tokens) == (((7, 1.0), (8, -2.5)), 1)
+
+
+async def test_logprobs_of_a_chat(app: RunningApp) -> None:
+    app.driver.tokens_per_step = 1
+    body = {"messages": user("aé"), "logprobs": True, "top_logprobs": 2}
+    choice = (await app.post("/v1/chat/completions", **body)).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    content = choice["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in content).decode() == choice["message"]["content"]
+    assert [token["logprob"] for token in content] == [-0.5] * len(content), "the token that ended it is not told"
+    assert content[0]["top_logprobs"] == [
+        {"token": content[0]["token"], "logprob": -0.5, "bytes": content[0]["bytes"]},
+        {"token": "z", "logprob": -1.5, "bytes": [122]},
+    ]
+    silent = (await app.post("/v1/chat/completions", messages=user("aé"))).json()["choices"][0]
+    assert silent["logprobs"] is None
+
+    response = await app.post("/v1/chat/completions", **body, stream=True)
+    events = [json.loads(event) for event in sse_data(response.text)[:-1]]
+    told = [
+        entry for event in events for c in event["choices"] for entry in (c["logprobs"] or {"content": []})["content"]
+    ]
+    assert told == content, "the same tokens, each once, also where a character takes two"
+
+
+async def test_logprobs_of_a_completion(app: RunningApp) -> None:
+    app.driver.tokens_per_step = 1
+    choice = (await app.post("/v1/completions", prompt="abc", logprobs=1)).json()["choices"][0]
+    told = choice["logprobs"]
+    assert "".join(told["tokens"]) == choice["text"] == "abc"
+    assert told["text_offset"] == [0, 1, 2]
+    assert told["token_logprobs"] == [-0.5] * 3
+    assert told["top_logprobs"] == [{"a": -0.5}, {"b": -0.5}, {"c": -0.5}]
+    response = await app.post("/v1/completions", prompt="abc", logprobs=1, stream=True)
+    events = [json.loads(event)["choices"][0] for event in sse_data(response.text)[:-1]]
+    assert [offset for event in events if event["logprobs"] for offset in event["logprobs"]["text_offset"]] == [0, 1, 2]

@@ -59,8 +59,7 @@ class Engine:
     def step(self) -> StepOutput:
         """Compute one step for everything that can run, and say what it brought."""
         plan = self.scheduler.schedule()
-        token_ids = self._executor.execute(plan)
-        output = self.scheduler.apply(token_ids)
+        output = self.scheduler.apply(*self._executor.execute(plan))
         if self.is_idle:
             self.cache.check_balance()
         return output

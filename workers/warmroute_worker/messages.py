@@ -37,6 +37,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Positive logits of tokens of prompt and answer are divided by it, negative ones multiplied."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    """How many of the likeliest tokens are reported with each generated one; None: not even its own logprob."""
     min_new_tokens: int = 0
     """Before so many, nothing that would end the answer is generated."""
 
@@ -103,6 +105,14 @@ class Failed:
     message: str
 
 
+class TokenLogprobs(NamedTuple):
+    """Of one generated token, as the model gave them: before temperature, penalties and biases."""
+
+    own: float
+    top: list[tuple[int, float]]
+    """(token id, logprob) of the likeliest ones, best first."""
+
+
 class Row(NamedTuple):
     """What one step brought to one request."""
 
@@ -115,6 +125,8 @@ class Row(NamedTuple):
     """Prompt tokens found in the prefix cache; the same in every row of the request."""
     error: str | None
     """One line, only with finish_reason `error`; such a request got no tokens because it could never run."""
+    logprobs: TokenLogprobs | None = None
+    """Of the one new token, for a request that asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +183,7 @@ def decode(payload: bytes | memoryview) -> Message:
             sampling["logit_bias"] = tuple((token, bias) for token, bias in sampling["logit_bias"])
             fields["sampling"] = Sampling(**sampling)
         elif cls is StepOutput:
-            fields["rows"] = [Row(*row) for row in fields["rows"]]
+            fields["rows"] = [_row(row) for row in fields["rows"]]
             fields["load"] = Load(**fields["load"])
         message: Message = cls(**fields)
     except (KeyError, TypeError, AttributeError, ValueError, msgpack.UnpackException) as error:
@@ -202,6 +214,14 @@ class FrameReader:
             start = end
         del buffer[:start]
         return messages
+
+
+def _row(values: list[Any]) -> Row:
+    row = Row(*values)
+    if row.logprobs is None:
+        return row
+    own, top = row.logprobs
+    return row._replace(logprobs=TokenLogprobs(own, [(token, logprob) for token, logprob in top]))
 
 
 def _fields(value: Any) -> dict[str, Any]:

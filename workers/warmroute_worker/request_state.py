@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Sequence
 
+    from warmroute_worker.messages import TokenLogprobs
     from warmroute_worker.tokenizer import Detokenizer
 
 
@@ -48,6 +49,7 @@ class RequestState:
         "changed",
         "finish",
         "last_token_at",
+        "logprobs",
         "name",
         "output_ids",
         "prompt_tokens",
@@ -78,6 +80,8 @@ class RequestState:
         self.cached_tokens: int | None = None
         """None until the first token; then what the engine found in its prefix cache."""
         self.output_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        """Of each of `output_ids`, when they were asked for."""
         self.finish: Finish | None = None
         self.arrived = now
         self.last_token_at: float | None = None
@@ -93,13 +97,20 @@ class RequestState:
         return f"<RequestState {self.rid}: {self.prompt_tokens} + {len(self.output_ids)} tokens{end}>"
 
     def advance(
-        self, token_ids: Sequence[int], finish_reason: str | None, cached_tokens: int, error: str | None
+        self,
+        token_ids: Sequence[int],
+        finish_reason: str | None,
+        cached_tokens: int,
+        error: str | None,
+        logprobs: TokenLogprobs | None = None,
     ) -> bool:
         """Takes one row of a step. Returns whether a stop string ended the answer before the engine did."""
         first = self.cached_tokens is None
         if first:
             self.cached_tokens = cached_tokens
         self.output_ids += token_ids
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         ends_at = self.output_ids[-1] if finish_reason == "stop" and self.output_ids else None
         trimmed = ends_at is not None and ends_at in self._trimmed and bool(token_ids)
         text = self._stop.feed(self._detokenizer.feed(token_ids[:-1] if trimmed else token_ids))
@@ -127,6 +138,12 @@ class RequestState:
             self._pending.append(rest)
         self.finish = Finish("abort", message="aborted by request", wanted=True)
         self.changed.set()
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Of `output_ids` without the one that ended the answer."""
+        ended = self.finish is not None and self.finish.kind == "stop" and isinstance(self.finish.matched, int)
+        return len(self.output_ids) - ended
 
     def take_text(self) -> str:
         """The text that is new since the last call."""

@@ -46,6 +46,8 @@ class SamplingColumns:
     seeds: npt.NDArray[np.uint64]
     positions: Int64s
     """Place of the new token in its sequence. With the seed it fixes the random number, whatever the batch."""
+    logprobs: Int32s
+    """How many of the likeliest tokens to report beside the new one; -1: nothing."""
     scaled: LogitChanges = NO_CHANGES
     """First: positive logits are divided by the value, negative ones multiplied."""
     added: LogitChanges = NO_CHANGES

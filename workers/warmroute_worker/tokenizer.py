@@ -97,6 +97,10 @@ class Tokenizer:
             return _ByteLevelDetokenizer(self)
         return _WindowDetokenizer(self, prompt_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text: for byte-level tokenizers perhaps a part of a character."""
+        return self.piece(token_id) if self._byte_level else self.decode([token_id]).encode()
+
     def is_text(self, token_id: int) -> bool:
         """Whether the id stands for text: it is known, and not a special token."""
         return token_id not in self._special_ids and self._tokenizer.id_to_token(token_id) is not None

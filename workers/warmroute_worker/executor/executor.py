@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from warmroute_worker.messages import TokenLogprobs
     from warmroute_worker.step_plan import StepPlan
 
 
@@ -30,6 +31,6 @@ class Executor(Protocol):
     @property
     def facts(self) -> ExecutorFacts: ...
 
-    def execute(self, plan: StepPlan) -> Sequence[int]:
-        """The sampled tokens of a plan, in its order."""
+    def execute(self, plan: StepPlan) -> tuple[Sequence[int], Mapping[int, TokenLogprobs]]:
+        """The sampled tokens of a plan, in its order, and the logprobs that were asked for, by place in that order."""
         ...

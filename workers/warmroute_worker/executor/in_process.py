@@ -20,9 +20,10 @@ from warmroute_worker.weights.safetensors_reader import SafetensorsReader
 from warmroute_worker.weights.source import MeasuredWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from warmroute_worker.args import WorkerArgs
+    from warmroute_worker.messages import TokenLogprobs
     from warmroute_worker.model_config import ModelConfig
     from warmroute_worker.models.decoder import Decoder
     from warmroute_worker.step_plan import StepPlan
@@ -73,13 +74,15 @@ class InProcessExecutor:
             kv_pool_bytes=num_pages * size_of_page,
         )
 
-    def execute(self, plan: StepPlan) -> Sequence[int]:
+    def execute(self, plan: StepPlan) -> tuple[Sequence[int], Mapping[int, TokenLogprobs]]:
         """See `Executor`."""
         if len(plan) == 0:
-            return []
+            return [], {}
         logits = self.logits(plan)
-        tokens: list[int] = sampler.sample(logits, plan.sampling).tolist() if len(logits) else []
-        return tokens
+        if not len(logits):
+            return [], {}
+        tokens = sampler.sample(logits, plan.sampling)
+        return tokens.tolist(), sampler.logprobs(logits, plan.sampling, tokens)
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:

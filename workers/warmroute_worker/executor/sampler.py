@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from warmroute_worker.executor.philox import Float64s, uniforms
+from warmroute_worker.messages import TokenLogprobs
 
 if TYPE_CHECKING:
     from warmroute_worker.step_plan import Int64s, SamplingColumns
@@ -30,6 +31,23 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> Int64s:
                 tokens[index] = draw(logits[index], columns, rows, numbers[rows])
     result: Int64s = tokens.cpu().numpy()
     return result
+
+
+def logprobs(logits: torch.Tensor, columns: SamplingColumns, tokens: Int64s) -> dict[int, TokenLogprobs]:
+    """Of the rows that ask for it, by row: of the token in `tokens` and of the likeliest ones."""
+    rows = np.flatnonzero(columns.logprobs >= 0)
+    if not len(rows):
+        return {}
+    index = torch.from_numpy(rows).to(logits.device)
+    shares = torch.log_softmax(logits[index].double(), dim=-1)
+    own = shares.gather(1, torch.from_numpy(tokens[rows]).to(logits.device)[:, None])[:, 0].tolist()
+    top = shares.topk(min(int(columns.logprobs[rows].max()), shares.shape[1]), dim=-1)
+    reported = {}
+    for place, row in enumerate(rows.tolist()):
+        count = int(columns.logprobs[row])
+        pairs = zip(top.indices[place, :count].tolist(), top.values[place, :count].tolist(), strict=True)
+        reported[row] = TokenLogprobs(own[place], list(pairs))
+    return reported
 
 
 def _changed(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:

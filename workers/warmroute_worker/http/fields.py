@@ -40,6 +40,8 @@ class Sampling:
     min_new_tokens: int
     num_answers: int
     """To each prompt."""
+    logprobs: int | None
+    """How many of the likeliest tokens are told with each; None: nothing is."""
     seed: int | None
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -66,6 +68,7 @@ def sampling(
     default_limit: int | None,
     seed: str,
     vocab_size: int,
+    logprobs: int | None = None,
     prefix: str = "",
 ) -> Sampling:
     """`limit`, `least` and `seed` name the fields for the most and fewest new tokens and the seed; `prefix` goes before
@@ -96,11 +99,17 @@ def sampling(
         logit_bias=reader.biases("logit_bias", vocab_size),
         min_new_tokens=min_new_tokens,
         num_answers=num_answers,
+        logprobs=logprobs,
         seed=None if chosen_seed is None else chosen_seed & ((1 << 63) - 1),
         stop=reader.strings("stop"),
         stop_token_ids=tuple(reader.integers("stop_token_ids")),
         ignore_eos=reader.boolean("ignore_eos", False),
     )
+
+
+def count(fields: Mapping[str, Any], name: str, most: int) -> int | None:
+    """A number from 0 to `most`; None when it is absent."""
+    return _Reader(fields, "").integer(name, None, 0, most)
 
 
 def refuse(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:

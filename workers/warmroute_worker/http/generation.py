@@ -41,6 +41,7 @@ class Generation:
         """`names`: what the client calls each prompt. Raises ApiError when these (field `param`) cannot be taken."""
         facts = service.admit(prompts, param, sampling.num_answers)
         self.id = uuid.uuid4().hex
+        self.tokenizer = service.tokenizer
         self.answers_each = sampling.num_answers
         """Of every prompt; they stand side by side in `states`."""
         prompts = [prompt for prompt in prompts for _ in range(sampling.num_answers)]
@@ -84,6 +85,7 @@ class Generation:
                         repetition_penalty=sampling.repetition_penalty,
                         logit_bias=sampling.logit_bias,
                         min_new_tokens=sampling.min_new_tokens,
+                        logprobs=sampling.logprobs,
                         seed=None if sampling.seed is None else sampling.seed + index % sampling.num_answers,
                     ),
                 )

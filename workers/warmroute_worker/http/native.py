@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from warmroute_worker.http import fields
+from warmroute_worker.http import fields, logprobs
 from warmroute_worker.http.errors import ApiError, ErrorCode, invalid
 from warmroute_worker.http.generation import Generation
 from warmroute_worker.http.service import SERVICE
@@ -22,7 +22,9 @@ _NEW_TOKENS = 128
 """SGLang's default for `max_new_tokens`."""
 
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "return_logprob": (False,),
+    "logprob_start_len": (-1,),
+    "token_ids_logprob": ([],),
+    "return_text_in_logprobs": (False,),
     "return_hidden_states": (False,),
     "image_data": ([],),
     "audio_data": ([],),
@@ -51,6 +53,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     if not isinstance(parameters, dict):
         raise invalid("`sampling_params` must be an object", "sampling_params")
     fields.refuse(parameters, _SAMPLING_REFUSED, "sampling_params.")
+    top = fields.count(body, "top_logprobs_num", logprobs.MOST) or 0
+    told = top if fields.boolean(body, "return_logprob", False) else None
     seed = "seed" if parameters.get("sampling_seed") is None else "sampling_seed"
     sampling = fields.sampling(
         parameters,
@@ -59,6 +63,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
         default_limit=_NEW_TOKENS,
         seed=seed,
         vocab_size=facts.vocab_size,
+        logprobs=told,
         prefix="sampling_params.",
     )
     param, value = given[0], body[given[0]]
@@ -193,4 +198,5 @@ def _meta_info(state: RequestState) -> dict[str, Any]:
         "cached_tokens": state.cached_tokens or 0,
         "e2e_latency": time.monotonic() - state.arrived,
         "weight_version": "default",
+        **(logprobs.of_native(state) if state.logprobs else {}),
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from warmroute_worker.http import fields
+from warmroute_worker.http import fields, logprobs
 from warmroute_worker.http.errors import invalid
 from warmroute_worker.http.generation import Generation
 from warmroute_worker.http.service import SERVICE
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from warmroute_worker.http.service import Service
     from warmroute_worker.request_state import RequestState
+    from warmroute_worker.tokenizer import Tokenizer
 
 _COMPLETION_TOKENS = 16
 """OpenAI's default for `max_tokens` of /v1/completions; a chat's is what the context holds."""
@@ -35,15 +36,12 @@ _CHAT_REFUSED = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "audio": (),
     "modalities": (["text"],),
     **_SAMPLING_REFUSED,
 }
 _COMPLETION_REFUSED = {
     "response_format": ({"type": "text"},),
-    "logprobs": (),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
@@ -58,7 +56,11 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     fields.refuse(body, _CHAT_REFUSED)
     fields.check_rank(body)
     limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    sampling = _sampling(body, limit, None, facts.vocab_size)
+    wanted = fields.boolean(body, "logprobs", False)
+    top = fields.count(body, "top_logprobs", logprobs.MOST)
+    if top and not wanted:
+        raise invalid("`top_logprobs` needs `logprobs`: true", "top_logprobs")
+    sampling = _sampling(body, limit, None, facts.vocab_size, (top or 0) if wanted else None)
     text = _chat_text(service, body)
     stream = fields.boolean(body, "stream", False)
     prompt = await service.token_ids(text, "messages", add_special_tokens=False)  # the template has written them
@@ -73,7 +75,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body = fields.json_object(await request.read())
     fields.refuse(body, _COMPLETION_REFUSED)
     fields.check_rank(body)
-    sampling = _sampling(body, "max_tokens", _COMPLETION_TOKENS, facts.vocab_size)
+    told = fields.count(body, "logprobs", logprobs.MOST)
+    sampling = _sampling(body, "max_tokens", _COMPLETION_TOKENS, facts.vocab_size, told)
     given = fields.prompts(body.get("prompt"), "prompt", facts.vocab_size)
     stream = fields.boolean(body, "stream", False)
     prompts = [await service.token_ids(prompt, "prompt", add_special_tokens=True) for prompt in given]
@@ -82,9 +85,17 @@ async def completions(request: web.Request) -> web.StreamResponse:
     return await _answer(request, generation, _COMPLETION, body, stream)
 
 
-def _sampling(body: Mapping[str, Any], limit: str, default_limit: int | None, vocab_size: int) -> fields.Sampling:
+def _sampling(
+    body: Mapping[str, Any], limit: str, default_limit: int | None, vocab_size: int, told: int | None
+) -> fields.Sampling:
     return fields.sampling(
-        body, limit=limit, least="min_tokens", default_limit=default_limit, seed="seed", vocab_size=vocab_size
+        body,
+        limit=limit,
+        least="min_tokens",
+        default_limit=default_limit,
+        seed="seed",
+        vocab_size=vocab_size,
+        logprobs=told,
     )
 
 
@@ -100,6 +111,8 @@ class _Format:
     piece: Callable[[str], dict[str, Any]]
     """A chunk with text; with "" the one that says how it finished."""
     whole: Callable[[str], dict[str, Any]]
+    logprobs: Callable[[Tokenizer, RequestState, int, int], dict[str, Any] | None]
+    """Of the tokens from a number on, which stand behind so many characters."""
 
 
 _CHAT = _Format(
@@ -109,6 +122,7 @@ _CHAT = _Format(
     opening={"delta": {"role": "assistant", "content": ""}},
     piece=lambda text: {"delta": {"content": text} if text else {}},
     whole=lambda text: {"message": {"role": "assistant", "content": text}},
+    logprobs=lambda tokenizer, state, first, offset: logprobs.of_chat(tokenizer, state, first),
 )
 _COMPLETION = _Format(
     id_prefix="cmpl-",
@@ -117,6 +131,7 @@ _COMPLETION = _Format(
     opening=None,
     piece=lambda text: {"text": text},
     whole=lambda text: {"text": text},
+    logprobs=logprobs.of_completion,
 )
 
 
@@ -126,11 +141,16 @@ async def _answer(
     model = fields.text(body, "model", request.app[SERVICE].args.served_model_name)
     common = {"id": form.id_prefix + generation.id, "created": int(time.time()), "model": model}
     if stream:
-        return await stream_answer(request, generation, _Chunks(form, common, _include_usage(body)))
+        return await stream_answer(request, generation, _Chunks(form, common, generation, _include_usage(body)))
     with generation:
         await generation.finished()
     choices = [
-        {"index": index, **form.whole(state.take_text()), "logprobs": None, "finish_reason": _finish_reason(state)}
+        {
+            "index": index,
+            **form.whole(state.take_text()),
+            "logprobs": form.logprobs(generation.tokenizer, state, 0, 0),
+            "finish_reason": _finish_reason(state),
+        }
         for index, state in enumerate(generation.states)
     ]
     answer = {**common, "object": form.kind, "choices": choices, "usage": _usage(generation)}
@@ -140,27 +160,39 @@ async def _answer(
 class _Chunks:
     """The events of one streamed answer (`sse.Dialect`)."""
 
-    def __init__(self, form: _Format, common: dict[str, Any], include_usage: bool) -> None:
+    def __init__(self, form: _Format, common: dict[str, Any], generation: Generation, include_usage: bool) -> None:
         self._form = form
+        self._tokenizer = generation.tokenizer
+        # Tokens whose logprobs are sent, and characters.
+        self._told = [(0, 0)] * len(generation.states)
         self._common = {**common, "object": form.chunk_kind}
         self._include_usage = include_usage
 
     def opening(self, index: int) -> bytes:
-        return b"" if self._form.opening is None else self._chunk(index, self._form.opening, None)
+        return b"" if self._form.opening is None else self._chunk(index, self._form.opening, None, None)
 
     def progress(self, index: int, state: RequestState, text: str) -> bytes:
-        events = self._chunk(index, self._form.piece(text), None) if text else b""
+        events = self._chunk(index, self._form.piece(text), self._news(index, state, text), None) if text else b""
         if state.finish is not None and not state.finish.is_failure:
-            events += self._chunk(index, self._form.piece(""), _finish_reason(state))
+            events += self._chunk(index, self._form.piece(""), self._news(index, state, ""), _finish_reason(state))
         return events
+
+    def _news(self, index: int, state: RequestState, text: str) -> dict[str, Any] | None:
+        """Logprobs that were not sent yet, with `text`; None: there are none."""
+        first, offset = self._told[index]
+        last = state.num_text_tokens
+        self._told[index] = max(first, last), offset + len(text)
+        return self._form.logprobs(self._tokenizer, state, first, offset) if first < last else None
 
     def closing(self, generation: Generation) -> bytes:
         if not self._include_usage:
             return b""
         return event(json_bytes({**self._common, "choices": [], "usage": _usage(generation)}))
 
-    def _chunk(self, index: int, content: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self, index: int, content: dict[str, Any], told: dict[str, Any] | None, finish_reason: str | None
+    ) -> bytes:
+        choice = {"index": index, **content, "logprobs": told, "finish_reason": finish_reason}
         return event(json_bytes({**self._common, "choices": [choice]}))
 
 

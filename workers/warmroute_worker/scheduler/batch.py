@@ -49,8 +49,13 @@ def step_plan(chunks: Sequence[Chunk], page_updates: Sequence[tuple[int, int, in
             min_ps=np.array([request.sampling.min_p for request in sampled], np.float32),
             seeds=np.array([request.seed for request in sampled], np.uint64),
             positions=np.array([len(request.tokens) for request in sampled], np.int64),
+            logprobs=np.array([_reported(request) for request in sampled], np.int32),
             scaled=scaled,
             added=added,
         ),
         page_updates=np.array(page_updates, np.int32).reshape(-1, 3),
     )
+
+
+def _reported(request: Request) -> int:
+    return -1 if request.sampling.logprobs is None else request.sampling.logprobs

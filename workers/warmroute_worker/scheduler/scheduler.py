@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 from warmroute_worker.messages import FlushResult, Load, Row, StepOutput
 from warmroute_worker.scheduler.admission import NewTokenRatio, refusal
@@ -19,15 +20,17 @@ from warmroute_worker.scheduler.batch import Chunk, step_plan
 from warmroute_worker.scheduler.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from warmroute_worker.kv.cache import KvCache, PageLease
     from warmroute_worker.kv.radix import Node, PageKey
-    from warmroute_worker.messages import Generate
+    from warmroute_worker.messages import Generate, TokenLogprobs
     from warmroute_worker.step_plan import StepPlan
 
 UNCHUNKED_PREFILL_TOKENS = 16384
 """With chunking off, prompts are computed whole and no further one is begun in a step that has so many tokens."""
+
+NO_LOGPROBS: Final[Mapping[int, TokenLogprobs]] = MappingProxyType({})
 
 ORDERED_REQUESTS = 128
 """With more of them waiting, lpm is fcfs: to match all in each step would cost more than it saves (as in SGLang)."""
@@ -147,10 +150,13 @@ class Scheduler:
         self._page_updates.clear()
         return plan
 
-    def apply(self, token_ids: Sequence[int]) -> StepOutput:
-        """Take the tokens of the last plan, one per sampled sequence in its order, and say what is new."""
+    def apply(self, token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS) -> StepOutput:
+        """Take the tokens of the last plan, one per sampled sequence in its order, and say what is new.
+
+        `logprobs`: by place in that order.
+        """
         rows, self._rows = self._rows, []
-        sampled = iter(token_ids)
+        sampled = iter(enumerate(token_ids))
         for chunk in self._chunks:
             request, length = chunk
             samples = chunk.samples
@@ -160,11 +166,11 @@ class Scheduler:
                 self._publish(request)
             if not samples:
                 continue
-            token = next(sampled)
+            place, token = next(sampled)
             request.tokens.append(token)
             self._generation_tokens_total += 1
             reason = request.finish_reason()
-            rows.append(Row(request.rid, [token], reason, request.cached_tokens or 0, None))
+            rows.append(Row(request.rid, [token], reason, request.cached_tokens or 0, None, logprobs.get(place)))
             if reason is not None:
                 self._finish(request)
         self._chunks = []
