@@ -59,7 +59,6 @@ class ClientConnection(asyncio.Protocol):
         "_buffer",
         "_decoder",
         "_discarding",
-        "_exchange",
         "_has_asked",
         "_head",
         "_paused_reading",
@@ -67,6 +66,7 @@ class ClientConnection(asyncio.Protocol):
         "_since_ns",
         "_transport",
         "came_late",
+        "exchange",
         "keep_alive",
         "may_keep_alive",
         "write",
@@ -79,7 +79,7 @@ class ClientConnection(asyncio.Protocol):
         self._plane = plane
         self._advancing = False
         self._buffer = b""
-        self._exchange: Exchange | None = None
+        self.exchange: Exchange | None = None
         self._head: RequestHead | None = None  # of a request whose body is not complete
         self._body_parts: list[bytes] = []
         self._body_missing = 0
@@ -96,7 +96,7 @@ class ClientConnection(asyncio.Protocol):
 
     def __repr__(self) -> str:
         phase = "discarding" if self._discarding else "idle"
-        if self._exchange is not None:
+        if self.exchange is not None:
             phase = "answering"
         elif self._head is not None or self._buffer:
             phase = "reading"
@@ -104,7 +104,7 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def is_idle(self) -> bool:
-        return self._exchange is None and self._head is None and not self._buffer
+        return self.exchange is None and self._head is None and not self._buffer
 
     # -- from the transport
 
@@ -120,13 +120,13 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._discarding:
             return
-        if self._head is not None and self._exchange is None:
+        if self._head is not None and self.exchange is None:
             self._body_received(data)
             return
         self._buffer = self._buffer + data if self._buffer else data
-        if self._exchange is None:
+        if self.exchange is None:
             self._advance()
-            if self._buffer and self._exchange is None and len(self._buffer) == len(data):
+            if self._buffer and self.exchange is None and len(self._buffer) == len(data):
                 self._since_ns = self._plane.second_ns  # the first bytes of a head
         elif len(self._buffer) > MAX_AHEAD_BYTES and not self._paused_reading:
             self._paused_reading = True
@@ -137,9 +137,9 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._plane.connections.discard(self)
-        exchange = self._exchange
+        exchange = self.exchange
         if exchange is not None:
-            self._exchange = None
+            self.exchange = None
             exchange.cancel()
         self._buffer = b""
         self._forget_parts()
@@ -147,7 +147,7 @@ class ClientConnection(asyncio.Protocol):
 
     def check_time(self, now_ns: int) -> None:
         """Once a second: is the client too slow?"""
-        if self._exchange is not None or self._discarding:
+        if self.exchange is not None or self._discarding:
             return
         times = self._plane.times
         waited_ns = now_ns - self._since_ns
@@ -162,18 +162,18 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
 
     def pause_writing(self) -> None:
-        if self._exchange is not None:
-            self._exchange.pause()
+        if self.exchange is not None:
+            self.exchange.pause()
 
     def resume_writing(self) -> None:
-        if self._exchange is not None:
-            self._exchange.resume()
+        if self.exchange is not None:
+            self.exchange.resume()
 
     # -- from the exchange
 
     def exchange_ended(self) -> None:
         """The response is written whole."""
-        self._exchange = None
+        self.exchange = None
         if not self.keep_alive:  # and the client was told so; whoever was not may be writing its next request
             self._transport.close()
             return
@@ -191,12 +191,12 @@ class ClientConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """After what is written has been sent."""
-        self._exchange = None
+        self.exchange = None
         self._transport.close()
 
     def abort(self) -> None:
         """What has begun cannot be completed: a clean end would be a lie."""
-        self._exchange = None
+        self.exchange = None
         self._transport.abort()
 
     # -- requests
@@ -205,7 +205,7 @@ class ClientConnection(asyncio.Protocol):
         """Handle what is in the buffer until an exchange is under way or more bytes are needed."""
         plane = self._plane
         self._advancing = True  # an exchange that ends at once must not enter here again: pipelined requests would nest
-        while self._buffer and self._exchange is None and not self._discarding:
+        while self._buffer and self.exchange is None and not self._discarding:
             buffer = self._buffer
             try:
                 head = plane.parser.request(buffer)
@@ -270,7 +270,7 @@ class ClientConnection(asyncio.Protocol):
         self._head = None
         self._buffer = data[end:]
         self._dispatch(head, body)
-        if self._buffer and self._exchange is None:
+        if self._buffer and self.exchange is None:
             self._advance()
 
     def _keep_part(self, part: bytes) -> None:
@@ -308,14 +308,14 @@ class ClientConnection(asyncio.Protocol):
                 self._answer_unasked(head, ErrorCode.SHUTTING_DOWN, "The router is going away; ask another one")
                 return
             routed = RoutedExchange(plane, self, head, body, now_ns)
-            self._exchange = routed
+            self.exchange = routed
             routed.start(now_ns)
         elif head.route == Route.CONTROL:
             if head.method not in METHODS:
                 self._answer_unasked(head, ErrorCode.NOT_IMPLEMENTED, f"There is no method {head.method} here")
                 return
             control = ControlExchange(plane, self, head, body, now_ns)
-            self._exchange = control
+            self.exchange = control
             control.start()
         else:
             status, content_type, content = plane.probe(head.route)

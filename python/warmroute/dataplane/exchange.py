@@ -183,7 +183,6 @@ class Exchange:
         self.is_over = True
         self._connection = None
         plane = self._plane
-        plane.exchanges.discard(self)
         plane.buffered_bytes -= len(self._body)
 
 
@@ -198,7 +197,6 @@ class ControlExchange(Exchange):
         self._pool = plane.control_pool
 
     def start(self) -> None:
-        self._plane.exchanges.add(self)
         self._plane.buffered_bytes += len(self._body)
         self._pool.assign(self)
 

@@ -134,7 +134,6 @@ class LeasedExchange(Exchange):
             plane.access_log.add(self._entry(status, now_ns))
         self.is_over = True
         self._connection = None
-        plane.exchanges.discard(self)
         plane.buffered_bytes -= len(self._body)
         if plane.admission is not None:
             self._leave(plane.admission)

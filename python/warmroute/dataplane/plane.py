@@ -131,8 +131,6 @@ class DataPlane:
         """The time, at most a second late: for what happens too often to ask for it."""
         self.connections: set[ClientConnection] = set()
         self.is_draining = False
-        self.exchanges: set[Exchange] = set()
-        """Under way. An exchange is the only one that adds and removes itself, and its body to `buffered_bytes`."""
         self.pools: dict[str, Pool] = {}
         """By worker."""
         self.id_prefix = b"req-" + os.urandom(8).hex().encode()
@@ -152,7 +150,7 @@ class DataPlane:
 
     @property
     def active_requests(self) -> int:
-        return len(self.exchanges)
+        return len(self._exchanges())
 
     async def drain(self, timeout_seconds: float) -> bool:
         """Let requests finish, those that are still being read included; whether all did in time. What comes on new
@@ -168,7 +166,7 @@ class DataPlane:
                 for connection in [c for c in self.connections if c.is_idle]:
                     connection.close()
             # Those that are closed are there until their last bytes have been sent.
-            if not self.exchanges and all(connection.came_late for connection in self.connections):
+            if not self._exchanges() and all(connection.came_late for connection in self.connections):
                 return True
             if now >= deadline:
                 return False
@@ -179,7 +177,7 @@ class DataPlane:
         self.is_draining = True
         self._sweeper.cancel()
         self._turner.cancel()
-        for exchange in list(self.exchanges):
+        for exchange in self._exchanges():
             exchange.cancel()
         if self._letting_in is not None:  # each exchange that ended asked for it
             self._letting_in.cancel()
@@ -191,6 +189,10 @@ class DataPlane:
             self.recorder.close()
         if self.access_log is not None:
             self.access_log.close()
+
+    def _exchanges(self) -> list[Exchange]:
+        """Under way: each is its connection's."""
+        return [connection.exchange for connection in self.connections if connection.exchange is not None]
 
     # -- for the connections and exchanges
 
@@ -226,7 +228,7 @@ class DataPlane:
         """(id of the worker, the request's name there) of the running requests whose `rid` that is, or which their
         heads call so."""
         wanted = request_id.encode("latin-1", "replace")
-        running = [one for one in self.exchanges if isinstance(one, RoutedExchange)]
+        running = [one for one in self._exchanges() if isinstance(one, RoutedExchange)]
         return [
             (one.worker_id, one.rid or request_id)
             for one in running
@@ -270,7 +272,7 @@ class DataPlane:
             admission = self.admission
             self.surely(lambda: admission.expire(now_ns))
             self._let_in()  # whatever woke nobody
-        for exchange in list(self.exchanges):
+        for exchange in self._exchanges():
             if not exchange.is_over:
                 exchange.check_time(now_ns)
         for connection in list(self.connections):

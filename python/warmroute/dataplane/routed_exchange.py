@@ -59,7 +59,6 @@ class RoutedExchange(LeasedExchange):
             self.is_over = True
             self._client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
             return
-        plane.exchanges.add(self)
         plane.buffered_bytes += len(self._body)
         admission = plane.admission
         if admission is None:
