@@ -1,6 +1,8 @@
 """Limits of the data plane, on real sockets; `test_admission.py` has the rules."""
 
 import asyncio
+import os
+from pathlib import Path
 
 from tests.fake_worker import FakeWorker, Script
 from tests.router.plane import running
@@ -51,3 +53,15 @@ async def test_a_rate_limit_spreads_requests() -> None:
         answers = await asyncio.gather(*(router.client.post(CHAT, json=chat(str(number))) for number in range(15)))
         assert {answer.status_code for answer in answers} == {200}
         assert loop.time() - begin > 0.45
+
+
+async def test_an_access_log_that_stands_still_does_not_stop_the_router(tmp_path: Path) -> None:
+    """A pipe whose reader has fallen asleep."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    async with FakeWorker() as worker, running([worker], access_log=str(pipe)) as router:
+        for number in range(600):  # 64 KiB are in the pipe after about 200
+            async with asyncio.timeout(5):
+                assert (await router.client.post(CHAT, json=chat(str(number)))).status_code == 200
+        os.close(reader)

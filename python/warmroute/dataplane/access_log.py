@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
 from datetime import UTC, datetime
-from time import time
+from queue import Empty, SimpleQueue
+from threading import Thread
+from time import sleep, time
 from typing import TYPE_CHECKING, NamedTuple
 
 from warmroute.dataplane.line_file import LineFile
 
 if TYPE_CHECKING:
-    import asyncio
-
     from warmroute.config import AccessLogFormat
-    from warmroute.directory import Directory
 
 log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 0.1
-# Of one turn of the loop: a line takes about 5 us.
-_LINES_AT_ONCE = 200
+_CLOSE_SECONDS = 2.0
 # A disk that stands still must not eat the memory.
 _MOST_WAITING = 100_000
 
@@ -43,47 +40,58 @@ class Entry(NamedTuple):
 
 
 class AccessLog:
-    """Raises OSError when the file cannot be opened."""
+    """Lines are made and written by a thread of their own: a disk or a pipe that stands still must not stop the loop.
 
-    def __init__(self, path: str, form: AccessLogFormat, directory: Directory, loop: asyncio.AbstractEventLoop) -> None:
+    Raises OSError when the file cannot be opened.
+    """
+
+    def __init__(self, path: str, form: AccessLogFormat) -> None:
         self._file = LineFile(path)
         self._form = form
-        self._directory = directory
-        self._loop = loop
-        self._waiting: deque[tuple[float, Entry]] = deque()
-        self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._waiting: SimpleQueue[tuple[float, Entry] | None] = SimpleQueue()
         self._dropped = 0
+        self._thread = Thread(target=self._write, name="access-log", daemon=True)
+        self._thread.start()
 
     def add(self, entry: Entry) -> None:
-        if len(self._waiting) >= _MOST_WAITING:
+        if self._waiting.qsize() >= _MOST_WAITING:
             self._dropped += 1
-            return
-        self._waiting.append((time(), entry))
-        if self._timer is None:
-            self._timer = self._loop.call_later(_FLUSH_SECONDS, self._write_some)
+        else:
+            self._waiting.put((time(), entry))
 
     def close(self) -> None:
-        """What waits is written."""
-        if self._timer is not None:
-            self._timer.cancel()
-        while self._waiting:
-            self._write_some(reschedule=False)
+        """What waits is written, unless that takes too long."""
+        self._waiting.put(None)
+        self._thread.join(_CLOSE_SECONDS)
+
+    def _write(self) -> None:
+        is_open = True
+        while is_open:
+            lines, is_open = self._take()
+            try:
+                for line in lines:
+                    self._file.write(line)
+                self._file.flush()
+            except OSError as error:  # its reader is gone, or the disk is full: later lines may fare better
+                log.error("the access log cannot be written: %s", error.strerror or error)
+            dropped, self._dropped = self._dropped, 0
+            if dropped:
+                log.error("%d lines of the access log are lost: they came faster than they could be written", dropped)
+            if is_open:
+                sleep(_FLUSH_SECONDS)  # many lines in one write
         self._file.close()
 
-    def _write_some(self, *, reschedule: bool = True) -> None:
-        self._timer = None
-        waiting = self._waiting
-        for _ in range(min(len(waiting), _LINES_AT_ONCE)):
-            self._file.write(self._line(*waiting.popleft()))
-        try:
-            self._file.flush()
-        except OSError as error:
-            log.error("the access log cannot be written: %s", error.strerror or error)
-        if self._dropped:
-            log.error("%d lines of the access log are lost: they came faster than they could be written", self._dropped)
-            self._dropped = 0
-        if waiting and reschedule:
-            self._timer = self._loop.call_soon(self._write_some)
+    def _take(self) -> tuple[list[str], bool]:
+        """What waits, as lines, at least one; and whether more may come."""
+        lines: list[str] = []
+        waiting = self._waiting.get()
+        while waiting is not None:
+            lines.append(self._line(*waiting))
+            try:
+                waiting = self._waiting.get_nowait()
+            except Empty:
+                return lines, True
+        return lines, False
 
     def _line(self, unix: float, entry: Entry) -> str:
         when = datetime.fromtimestamp(unix, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

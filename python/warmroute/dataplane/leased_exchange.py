@@ -1,4 +1,4 @@
-"""What a routed exchange owes to others: its lease to the core, its turn to the queue, its line to the access log.
+"""What a routed exchange owes to others: its lease to the core, its line to the access log.
 
 Every attempt holds one lease, given back once, where the body of its response ends or whatever else happens to it.
 """
@@ -14,7 +14,6 @@ from warmroute.dataplane.exchange import Exchange
 
 if TYPE_CHECKING:
     from warmroute._core import BodyReader, Lease, RequestHead, ResponseHead, RoutedRequest
-    from warmroute.dataplane.admission import Admission
     from warmroute.dataplane.client_connection import ClientConnection
     from warmroute.dataplane.plane import DataPlane
     from warmroute.dataplane.worker_connection import WorkerConnection
@@ -32,7 +31,7 @@ OUTCOME_NAMES = {
 class LeasedExchange(Exchange):
     """Base of `RoutedExchange`, which takes the leases and decides when what ends."""
 
-    __slots__ = ("_address", "_attempts", "_held_head", "_is_admitted", "_lease", "_request", "_selected_ns", "_tokens")
+    __slots__ = ("_address", "_attempts", "_held_head", "_lease", "_request", "_selected_ns", "_tokens")
 
     _address: WorkerAddress
     _request: RoutedRequest
@@ -41,7 +40,6 @@ class LeasedExchange(Exchange):
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
         Exchange.__init__(self, plane, client, head, body, now_ns)
         self._attempts = 0
-        self._is_admitted = False
         self._lease: Lease | None = None
         self._held_head: ResponseHead | None = None
         """Of an answer that may still be replaced by another worker's."""
@@ -55,14 +53,6 @@ class LeasedExchange(Exchange):
     @property
     def rid(self) -> str | None:
         return self._request.rid
-
-    # -- what admission tells
-
-    def admitted(self, now_ns: int) -> None:
-        raise NotImplementedError
-
-    def waited_too_long(self) -> None:
-        raise NotImplementedError
 
     # -- accounts
 
@@ -135,8 +125,6 @@ class LeasedExchange(Exchange):
         self.is_over = True
         self._connection = None
         plane.buffered_bytes -= len(self._body)
-        if plane.admission is not None:
-            self._leave(plane.admission)
 
     def _entry(self, status: int, now_ns: int) -> Entry:
         request, accepted_ns = self._request, self.deadline_ns - self._plane.times.request_ns
@@ -154,10 +142,3 @@ class LeasedExchange(Exchange):
             first_byte_ns=first_byte_ns - accepted_ns if first_byte_ns >= 0 else None,
             duration_ns=now_ns - accepted_ns,
         )
-
-    def _leave(self, admission: Admission) -> None:
-        if self._is_admitted:
-            self._is_admitted = False
-            self._plane.surely(admission.leave)
-        else:
-            self._plane.surely(lambda: admission.withdraw(self))

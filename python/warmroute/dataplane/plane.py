@@ -115,7 +115,7 @@ class DataPlane:
         """For workers without a key of their own. None: the client's goes through. The router's never leaves it."""
         self.expected_authorization = b"Bearer " + config.api_key.encode() if config.api_key else b""
         path, form = config.access_log, config.access_log_format
-        self.access_log = AccessLog(path, form, directory, self.loop) if path else None
+        self.access_log = AccessLog(path, form) if path else None
         self.keeps_records = self.recorder is not None or self.access_log is not None
         self.admission: Admission | None = None
         if config.is_limited:

@@ -34,12 +34,13 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class RoutedExchange(LeasedExchange):
-    __slots__ = ("_failure", "_held", "_not_before_ns", "_retries", "_splice", "_timer")
+    __slots__ = ("_failure", "_held", "_is_admitted", "_not_before_ns", "_retries", "_splice", "_timer")
 
     _splice: tuple[int, bytes] | None
 
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
         LeasedExchange.__init__(self, plane, client, head, body, now_ns)  # what super() costs shows
+        self._is_admitted = False
         self._not_before_ns = 0
         self._retries: Retries | None = None
         self._failure: tuple[ErrorCode, str] | None = None
@@ -86,6 +87,17 @@ class RoutedExchange(LeasedExchange):
 
     def waited_too_long(self) -> None:
         self._answer_error(ErrorCode.QUEUE_TIMEOUT, "The request waited too long for its turn; try again")
+
+    def _ended(self, status: int, now_ns: int) -> None:
+        LeasedExchange._ended(self, status, now_ns)
+        admission = self._plane.admission
+        if admission is None:
+            return
+        if self._is_admitted:
+            self._is_admitted = False
+            self._plane.surely(admission.leave)
+        else:
+            self._plane.surely(lambda: admission.withdraw(self))
 
     # -- attempts
 
