@@ -30,6 +30,7 @@ class ChildRecord:
     pid: int
     slab_fd: int
     channel_fd: int
+    is_leaving: bool = False
 
 
 class Child:
@@ -44,7 +45,7 @@ class Child:
         self.seat, self.process, self.pid, self.slab_fd = record.seat, record.process, record.pid, record.slab_fd
         self.begin_ns = monotonic_ns()
         self.is_ready = False
-        self.is_leaving = False
+        self.is_leaving = record.is_leaving
         """It drains, and its end will surprise nobody."""
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
@@ -61,7 +62,7 @@ class Child:
 
     @property
     def record(self) -> ChildRecord:
-        return ChildRecord(self.seat, self.process, self.pid, self.slab_fd, self._channel.fd)
+        return ChildRecord(self.seat, self.process, self.pid, self.slab_fd, self._channel.fd, self.is_leaving)
 
     def send(self, message: dict[str, Any]) -> bool:
         return self._channel.send(message)

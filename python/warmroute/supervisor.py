@@ -112,7 +112,8 @@ class Supervisor:
 
     async def _succeed(self, handover: Handover) -> None:
         """New children take the place of those that the program before has left."""
-        old = [self._adopt(record) for record in handover.children]
+        adopted = [self._adopt(record) for record in handover.children]
+        old = [child for child in adopted if not child.is_leaving]  # others drain since a SIGHUP before
         for child in old:
             child.is_leaving = True
         new = [self._start(seat) for seat in range(len(self._shared.listeners))]
