@@ -37,9 +37,10 @@ lint: setup-dev type ## formatting, lints, types; warnings are errors
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 
-type: setup-dev ## mypy, and the extension's stub against the extension
+type: setup-dev ## mypy, and the extensions' stubs against the extensions
 	$(PY) -m mypy python workers tests bench scripts
 	MYPYPATH=python $(PY) -m mypy.stubtest --mypy-config-file pyproject.toml warmroute._core
+	MYPYPATH=workers $(PY) -m mypy.stubtest --mypy-config-file pyproject.toml warmroute_worker._comm
 
 format: setup-dev ## put everything in form
 	cargo fmt --all

@@ -62,19 +62,27 @@ key=$(digest pyproject.toml workers/pyproject.toml Cargo.toml)
 if ! fresh packages-dev "$key" && ! fresh "packages-$extras" "$key"; then
     say "installing Python packages ($extras)"
     pip install -q "maturin>=1.9.4,<2"
-    pip install -q -e ./workers
     .venv/bin/python scripts/requirements.py "$extras" >.venv/requirements.txt
     pip install -q -r .venv/requirements.txt
     echo "$key" >"$stamps/packages-$extras"
-    rm -f "$stamps/core"
+    rm -f "$stamps/core" "$stamps/comm"
 fi
 
-sources=$(find router_core Cargo.toml Cargo.lock pyproject.toml -type f \
-    \( -name '*.rs' -o -name '*.toml' -o -name Cargo.lock \) -not -path '*/target/*' | sort)
-# shellcheck disable=SC2086  # one word per file: no path here holds a space
-key=$(digest $sources)
-if ! fresh core "$key" || [ -z "$(find python/warmroute -name '_core*.so' 2>/dev/null)" ]; then
-    say "building the Rust core (release; about a minute on 2 cores)"
-    PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --quiet || die "building the Rust core failed (see above)"
-    echo "$key" >"$stamps/core"
-fi
+# $1: a stamp; $2: the distribution's folder; $3: what must be there afterwards; then the crate's folder
+build() {
+    stamp=$1 folder=$2 product=$3 crate=$4
+    sources=$(find "$crate" Cargo.toml Cargo.lock "$folder/pyproject.toml" -type f \
+        \( -name '*.rs' -o -name '*.toml' -o -name Cargo.lock \) -not -path '*/target/*' | sort)
+    # shellcheck disable=SC2086  # one word per file: no path here holds a space
+    key=$(digest $sources)
+    # shellcheck disable=SC2086  # a pattern
+    if ! fresh "$stamp" "$key" || ! ls $product >/dev/null 2>&1; then
+        say "building $crate (release; about a minute on 2 cores)"
+        (cd "$folder" && PIP_QUIET=1 VIRTUAL_ENV="$root/.venv" "$root/.venv/bin/maturin" develop --release --quiet) ||
+            die "building $crate failed (see above)"
+        echo "$key" >"$stamps/$stamp"
+    fi
+}
+root=$PWD
+build core . 'python/warmroute/_core*.so' router_core
+build comm workers 'workers/warmroute_worker/_comm*.so' workers/rank_comm

@@ -7,7 +7,7 @@ import pytest
 
 from tests.processes import REPOSITORY
 from warmroute.config import RouterConfig
-from warmroute_worker.args import WorkerArgs
+from warmroute_worker.args import ALIASES, WorkerArgs
 
 GUIDES = {"router.md": RouterConfig, "worker.md": WorkerArgs}
 ELSEWHERE = {
@@ -18,8 +18,9 @@ ELSEWHERE = {
     "--dp-size",
     "--model-path",
     "--model",
+    *(alias for aliases in ALIASES.values() for alias in aliases),
 }
-"""launch_server's own, and an alias."""
+"""launch_server's own, and aliases."""
 
 
 @pytest.mark.parametrize("name", GUIDES)

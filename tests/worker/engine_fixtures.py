@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from warmroute_worker.engine import Engine
+    from warmroute_worker.executor.ranks import RankExecutor
+    from warmroute_worker.step_plan import StepPlan
 
 VOCAB_SIZE = 320
 NEW_TOKENS = 32
@@ -132,6 +134,13 @@ def last_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
     """transformers' logits after the last token, [vocab], without its cache."""
     logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0, -1]
     return logits
+
+
+def logits_of(executor: RankExecutor, plan: StepPlan) -> torch.Tensor:
+    """[sampled, vocab]: what the driver would draw from, where it does so itself."""
+    executor.links.send_plan(plan.encode())
+    logits = executor.rank.runner.forward(plan)
+    return torch.empty(0) if logits is None else logits
 
 
 def load_engine(folder: Path, **changes: Any) -> Engine:

@@ -2,7 +2,7 @@
 
 It answers a prompt with that prompt (of a chat: the last user message), one token per step and then the end token, and
 counts cached tokens as a prefix cache with pages of 16 tokens and no limit would. In a test it is a thread; as a
-process (`python -m tests.worker.fake_driver`) it takes the place of `warmroute_worker.driver_process`.
+process (`python -m tests.worker.fake_driver`) it takes the place of `warmroute_worker.engine_process`.
 
 Some prompts make it misbehave: `!error` ends with an error, `!exit` ends the driver, `!hang` never gets a token.
 """
@@ -89,6 +89,8 @@ class FakeDriver:
             device="cpu",
             weight_bytes=0,
             kv_pool_bytes=0,
+            layout="",
+            collectives="none",
         )
 
     def _take(self, message: Any) -> None:
@@ -178,6 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent-pid", type=int)
     parser.add_argument("--engine-fd", type=int)
+    parser.add_argument("--ranks-fd", type=int)
     parser.add_argument("--worker-args", type=WorkerArgs.from_json)
     options = parser.parse_args()
     die_with_parent(options.parent_pid)

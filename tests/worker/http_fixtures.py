@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 import threading
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import httpx
 from aiohttp import web
 
 from tests.worker.fake_driver import FakeDriver
+from warmroute_worker._comm import Region
 from warmroute_worker.args import WorkerArgs
 from warmroute_worker.engine_client import Phase
 from warmroute_worker.http.app import make_runner
@@ -53,7 +55,11 @@ class RunningApp:
 @contextlib.asynccontextmanager
 async def running_app(folder: Path, *, ready: bool = True, **driver_options: Any) -> AsyncIterator[RunningApp]:
     args = driver_options.pop("args", {})
-    service = load_service(WorkerArgs(model_path=str(folder), served_model_name="tiny", **args))
+    worker_args = WorkerArgs(model_path=str(folder), served_model_name="tiny", **args)
+    layout = worker_args.layout
+    ranks_fd = Region.memory_file(layout.world_size, layout.groups())
+    service = load_service(worker_args, ranks_fd)
+    os.close(ranks_fd)
     here, there = socket.socketpair()
     driver = FakeDriver(there, **driver_options)
 

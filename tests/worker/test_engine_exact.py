@@ -16,11 +16,12 @@ from tests.worker.engine_fixtures import (
     greedy,
     last_logits,
     load_engine,
+    logits_of,
     make_llama,
     make_reference,
     run_all,
 )
-from warmroute_worker.executor.in_process import InProcessExecutor
+from warmroute_worker.executor.ranks import RankExecutor
 from warmroute_worker.messages import Generate
 from warmroute_worker.scheduler.batch import step_plan
 
@@ -155,11 +156,11 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_own(tmp_path: Path) -> 
 def engine_logits(folder: Path, prompts: list[list[int]], **changes: Any) -> list[torch.Tensor]:
     """Our logits after each prompt, all in one batch: single tokens first, no two that share a page."""
     engine = load_engine(folder, **changes)
-    executor = engine._executor
-    assert isinstance(executor, InProcessExecutor)
+    executor = engine.executor
+    assert isinstance(executor, RankExecutor)
     for n, prompt in enumerate(prompts):
         engine.scheduler.add(Generate(str(n), prompt, 1, sampling=GREEDY))
-    return list(executor.logits(engine.scheduler.schedule()))
+    return list(logits_of(executor, engine.scheduler.schedule()))
 
 
 def test_logits_are_within_2e_4(tmp_path: Path) -> None:
@@ -171,13 +172,13 @@ def test_logits_are_within_2e_4(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, last_logits(model, prompt), atol=2e-4, rtol=0)
 
     engine = load_engine(tmp_path, chunked_prefill_size=21)
-    executor = engine._executor
-    assert isinstance(executor, InProcessExecutor)
+    executor = engine.executor
+    assert isinstance(executor, RankExecutor)
     worst = 0.0
 
     def compare(plan: StepPlan) -> list[int]:
         nonlocal worst
-        logits = executor.logits(plan)
+        logits = logits_of(executor, plan)
         for row, place in zip(logits, plan.sampling.positions.tolist(), strict=True):
             worst = max(worst, float((row - last_logits(model, tokens[:place])).abs().max()))
         # Teacher forcing: the next token of the text, whatever the model says.
@@ -364,20 +365,21 @@ def test_a_corrupted_cached_page_changes_a_hit_and_not_a_miss(
     """A hit really reads the pool: the prefill that was saved is not done again in secret."""
     prompt, answer = reference.prompts[-1], reference.answers[-1]
     engine = load_engine(reference.folder)
-    executor = engine._executor
-    assert isinstance(executor, InProcessExecutor)
+    executor = engine.executor
+    assert isinstance(executor, RankExecutor)
     rows: list[int] = []
-    logits = executor.logits
+    runner = executor.rank.runner
+    forward = runner.forward
 
-    def counting(plan: StepPlan) -> torch.Tensor:
+    def counting(plan: StepPlan, before: None = None) -> torch.Tensor | None:
         rows.append(len(plan.token_ids))
-        return logits(plan)
+        return forward(plan, before)
 
-    monkeypatch.setattr(executor, "logits", counting)
+    monkeypatch.setattr(runner, "forward", counting)
     assert answers(greedy(engine, [prompt])) == [answer]
     assert sum(rows) == len(prompt) + NEW_TOKENS - 1
     with torch.inference_mode():
-        executor.pool.data.normal_()
+        runner.pool.data.normal_()
     rows.clear()
     [row] = greedy(engine, [prompt])
     assert row.cached_tokens == page_exact(prompt)

@@ -18,10 +18,11 @@ from tests.worker.engine_fixtures import (
     greedy,
     last_logits,
     load_engine,
+    logits_of,
     make_model,
     make_reference,
 )
-from warmroute_worker.executor.in_process import InProcessExecutor
+from warmroute_worker.executor.ranks import RankExecutor
 from warmroute_worker.layers.experts import Experts, MixtureOfExperts
 from warmroute_worker.layers.linear import RmsNorm
 from warmroute_worker.messages import Generate
@@ -81,11 +82,11 @@ def worst_logit(folder: Path, model: Any) -> float:
     """The largest difference of any logit, after prompts of several lengths in one batch."""
     prompts = [[(7 * n + 3 * k * k + k) % 320 for k in range(length)] for n, length in enumerate((1, 9, 33, 70))]
     engine = load_engine(folder)
-    executor = engine._executor
-    assert isinstance(executor, InProcessExecutor)
+    executor = engine.executor
+    assert isinstance(executor, RankExecutor)
     for n, prompt in enumerate(prompts):
         engine.scheduler.add(Generate(str(n), prompt, 1, sampling=GREEDY))
-    ours = executor.logits(engine.scheduler.schedule())
+    ours = logits_of(executor, engine.scheduler.schedule())
     return max(float((row - last_logits(model, prompt)).abs().max()) for row, prompt in zip(ours, prompts, strict=True))
 
 
@@ -97,6 +98,14 @@ def test_the_same_tokens(tmp_path: Path, family: str) -> None:
         engine = load_engine(tmp_path, chunked_prefill_size=chunk)
         for _ in range(2):
             assert answers(greedy(engine, reference.prompts)) == reference.answers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_tokens_from_packed_weights(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices as small as these are not packed otherwise."""
+    monkeypatch.setattr("warmroute_worker.layers.linear.PACKED_FROM", 0)
+    reference = make_reference(tmp_path, family=family)
+    assert answers(greedy(load_engine(tmp_path, chunked_prefill_size=17), reference.prompts)) == reference.answers
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -131,11 +140,11 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_latent_row_is_all_that_is_cached(tmp_path: Path) -> None:
     make_model(tmp_path, "DeepseekV3")
     engine = load_engine(tmp_path, max_total_tokens=1024, page_size=16)
-    executor = engine._executor
-    assert isinstance(executor, InProcessExecutor)
+    executor = engine.executor
+    assert isinstance(executor, RankExecutor)
     # (latent rank + turned part) x 4 bytes x layers, whatever the heads.
     assert executor.facts.kv_pool_bytes == executor.facts.num_pages * 16 * (32 + 8) * 4 * 3
-    assert executor.pool.data.shape[1] == 1
+    assert executor.rank.runner.pool.data.shape[1] == 1
 
 
 def test_fp8_blocks_are_dequantised(tmp_path: Path) -> None:
@@ -231,7 +240,7 @@ def _every_group_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _pairs_left_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("warmroute_worker.models.self_attention._part_pairs", lambda linear, heads, mla: None)
+    monkeypatch.setattr("warmroute_worker.models.self_attention._parter", lambda heads, mla: None)
 
 
 def _latents_without_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,22 @@ EVERY_KIND: list[Message] = [
     Abort("r1"),
     Flush(7),
     Shutdown(),
-    Ready(8192, 320, 4096, 16, 256, [257], "llama", ["LlamaForCausalLM"], "float32", "cpu", 1 << 33, 1 << 40),
+    Ready(
+        8192,
+        320,
+        4096,
+        16,
+        256,
+        [257],
+        "llama",
+        ["LlamaForCausalLM"],
+        "float32",
+        "cpu",
+        1 << 33,
+        1 << 40,
+        "tp 2",
+        "shared memory",
+    ),
     Failed("--model-path nowhere: there is no such folder"),
     StepOutput(
         [

@@ -38,11 +38,16 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         drain_timeout=1.5,
         schedule_policy="lpm",
         schedule_conservativeness=0.5,
+        tp_size=4,
+        pp_size=2,
+        watchdog_timeout=2.5,
+        disable_custom_all_reduce=True,
     )
     argv: list[str] = []
     for field in dataclasses.fields(WorkerArgs):
         assert getattr(other, field.name) != field.default, f"{field.name} is not varied here"
-        argv += ["--" + field.name.replace("_", "-"), str(getattr(other, field.name))]
+        value = getattr(other, field.name)
+        argv += ["--" + field.name.replace("_", "-"), *([] if value is True else [str(value)])]
     assert parse(argv) == other
     assert WorkerArgs.from_json(other.to_json()) == other
 
@@ -65,7 +70,10 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         (["--model-path", "m", "--device", "xpu"], "--device"),
         (["--model-path", "m", "--no-such-flag"], "--no-such-flag"),
         (["--model-path", "m", "--served-model", "x"], "--served-model"),
-        (["--model-path", "m", "--tp", "2"], "--tp is an SGLang option this worker does not implement: tensor"),
+        (["--model-path", "m", "--tp", "0"], "--tp-size must be at least 1, got 0"),
+        (["--model-path", "m", "--tp", "16", "--pp-size", "8"], "--tp-size 16 x --pp-size 8 is more than 64 ranks"),
+        (["--model-path", "m", "--watchdog-timeout", "0"], "--watchdog-timeout must be above 0, got 0"),
+        (["--model-path", "m", "--ep-size", "2"], "--ep-size is an SGLang option this worker does not implement: exp"),
         (["--model-path", "m", "--dp-size", "2"], "launch_server --dp-size N"),
         (["--model-path", "m", "--quantization", "fp8"], "--quantization is an SGLang option this worker does not"),
         (["--model-path", "m", "--enable-dp-attention"], "--enable-dp-attention is an SGLang option this worker"),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Importing torch, twice, on a busy machine.
 pytestmark = pytest.mark.timeout(180)
 
-DRIVER = "warmroute_worker.driver_process"
+DRIVER = "warmroute_worker.engine_process"
 PROMPT_LENGTHS = [1, 2, 15, 16, 17, 40, 77, 130]
 NEW_TOKENS = 32
 

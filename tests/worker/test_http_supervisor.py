@@ -204,7 +204,7 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(
         "warmroute_worker.http.process",
         "warmroute_worker.supervisor",
         "warmroute_worker.launch_worker",
-        "warmroute_worker.driver_process",
+        "warmroute_worker.engine_process",
     ],
 )
 def test_no_process_but_the_driver_imports_torch_and_none_transformers(module: str) -> None:

@@ -12,11 +12,14 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from warmroute_worker.topology import Layout
+
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 SCHEDULE_POLICIES = ("fcfs", "lpm")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+MAX_RANKS = 64
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,15 @@ class WorkerArgs:
     random_seed: int = 0
     load_format: str = "auto"
     threads: int | None = None
-    """Torch threads; None: the cores this process may use."""
+    """Torch threads of each rank; None: the cores this process may use, divided among the ranks."""
+    tp_size: int = 1
+    """Ranks among which each layer is divided."""
+    pp_size: int = 1
+    """Stages into which the layers are divided."""
+    disable_custom_all_reduce: bool = False
+    """Add up over gloo (CPU) or NCCL (CUDA) instead of through shared memory."""
+    watchdog_timeout: float = 300.0
+    """Seconds after which a rank that shows no life ends the worker."""
     log_level: str = "info"
     max_queued_requests: int | None = None
     """Requests that may wait beyond `max_running_requests` before new ones get 503; None: no limit."""
@@ -78,7 +89,12 @@ class WorkerArgs:
         _check(
             self.log_level in LOG_LEVELS, f"--log-level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
         )
-        for flag in ("page_size", "max_total_tokens", "max_running_requests", "context_length", "threads"):
+        _check(self.watchdog_timeout > 0, f"--watchdog-timeout must be above 0, got {self.watchdog_timeout}")
+        _check(
+            self.tp_size * self.pp_size <= MAX_RANKS,
+            f"--tp-size {self.tp_size} x --pp-size {self.pp_size} is more than {MAX_RANKS} ranks",
+        )
+        for flag in _AT_LEAST_ONE:
             value: int | None = getattr(self, flag)
             _check(value is None or value >= 1, f"{_dashed(flag)} must be at least 1, got {value}")
         _check(
@@ -99,6 +115,10 @@ class WorkerArgs:
         )
         _check(self.drain_timeout >= 0, f"--drain-timeout must not be negative, got {self.drain_timeout}")
         _check(0 <= self.random_seed < 1 << 63, f"--random-seed must be between 0 and 2^63 - 1, got {self.random_seed}")
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.tp_size, self.pp_size)
 
     def to_json(self) -> str:
         """How the supervisor hands the arguments to the processes it starts; `from_json` is the other end."""
@@ -122,9 +142,22 @@ def parse(argv: list[str], program: str = "launch_worker") -> WorkerArgs:
         parser.error(str(error))
 
 
+_AT_LEAST_ONE = (
+    "page_size",
+    "max_total_tokens",
+    "max_running_requests",
+    "context_length",
+    "threads",
+    "tp_size",
+    "pp_size",
+)
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "--tp-size": ("--tp", "--tensor-parallel-size"),
+    "--pp-size": ("--pipeline-parallel-size", "--pp"),
+}
+
 _SIZES_OF_ONE: dict[str, tuple[tuple[str, ...], str]] = {
-    "tp_size": (("--tp-size", "--tp", "--tensor-parallel-size"), "tensor parallelism comes with a later release"),
-    "pp_size": (("--pp-size", "--pipeline-parallel-size"), "pipeline parallelism comes with a later release"),
     "dp_size": (
         ("--dp-size", "--dp", "--data-parallel-size"),
         "one worker is one replica; `launch_server --dp-size N` starts N workers and a router in front of them",
@@ -140,7 +173,6 @@ _REFUSED: dict[str, str] = {
     "--chat-template": "the template of the model folder is used; put chat_template.jinja there",
     "--cuda-graph-max-bs": "there are no CUDA graphs yet",
     "--disable-cuda-graph": "there are no CUDA graphs yet, so there is nothing to disable",
-    "--disable-custom-all-reduce": "there is one rank, so nothing is reduced",
     "--disable-radix-cache": "the prefix cache is always on",
     "--disaggregation-mode": "prefill and decode run in the same worker",
     "--dist-init-addr": "a worker runs on one host for now",
@@ -168,7 +200,6 @@ _REFUSED: dict[str, str] = {
     "--tokenizer-path": "the tokenizer of the model folder is used",
     "--tool-call-parser": "tools are not supported",
     "--trust-remote-code": "code from model folders is never run",
-    "--watchdog-timeout": "it comes with a later release",
 }
 """SGLang options that are refused whatever their value, with the reason."""
 
@@ -200,10 +231,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--chunked-prefill-size", int, "prompt tokens per step at most; -1: whole prompts"),
         ("--context-length", int, "tokens per request at most; None: the model's own limit"),
         ("--random-seed", int, "seed of sampling and of dummy weights"),
-        ("--threads", int, "torch threads; None: the cores there are"),
+        ("--threads", int, "torch threads of a rank; None: the cores there are, divided among the ranks"),
+        ("--tp-size", int, "ranks among which each layer is divided"),
+        ("--pp-size", int, "stages into which the layers are divided"),
+        ("--watchdog-timeout", float, "seconds after which a rank that shows no life ends the worker"),
         ("--drain-timeout", float, "seconds for running requests after SIGTERM"),
     ):
-        parser.add_argument(flag, type=kind, default=defaults[flag[2:].replace("-", "_")], help=text)
+        name = flag[2:].replace("-", "_")
+        parser.add_argument(flag, *ALIASES.get(flag, ()), dest=name, type=kind, default=defaults[name], help=text)
     for flag, choices, text in (
         ("--device", DEVICES, "auto: CUDA when there is one"),
         ("--dtype", DTYPES, "auto: what is fast on the device"),
@@ -212,6 +247,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--log-level", LOG_LEVELS, "what is logged to stderr"),
     ):
         parser.add_argument(flag, choices=choices, default=defaults[flag[2:].replace("-", "_")], help=text)
+    for flag, text in (
+        ("--disable-custom-all-reduce", "add up over gloo (CPU) or NCCL (CUDA), not through shared memory"),
+    ):
+        parser.add_argument(flag, action="store_true", help=text)
     for name, (flags, reason) in _SIZES_OF_ONE.items():
         parser.add_argument(
             *flags, dest=name, action=_OnlyOne, reason=reason, type=int, default=1, help=argparse.SUPPRESS

@@ -31,6 +31,18 @@ def leave_signals_to_parent() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
+def ending(return_code: int) -> str:
+    """How a process ended, after "it"; negative: by that signal."""
+    if return_code >= 0:
+        return f"exited with code {return_code}"
+    try:
+        name = signal.Signals(-return_code).name
+    except ValueError:
+        name = f"signal {-return_code}"
+    hint = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"
+
+
 class StatusPipe:
     """One line of JSON per event, from a child to the supervisor."""
 

@@ -1,15 +1,13 @@
-"""The process that schedules and computes: messages in, step outputs out, until the other end of the socket is gone.
-
-`main` runs in a process of its own (driver_process.py).
-"""
+"""The rank that schedules: messages in, step outputs out, until the other end of the socket is gone."""
 
 from __future__ import annotations
 
 import logging
-import os
 import select
 from typing import TYPE_CHECKING
 
+from warmroute_worker import engine
+from warmroute_worker.comm.rank_links import CollectiveError
 from warmroute_worker.messages import (
     Abort,
     Failed,
@@ -26,11 +24,15 @@ if TYPE_CHECKING:
     import socket
 
     from warmroute_worker.args import WorkerArgs
+    from warmroute_worker.comm.rank_links import RankLinks
     from warmroute_worker.engine import Engine
 
 log = logging.getLogger("warmroute_worker.driver")
 
 READ_BYTES = 1 << 18
+
+NAP_MS = 250
+"""How long the driver waits for work before it looks whether the ranks are to stop, and shows that it lives."""
 
 
 class Link:
@@ -44,9 +46,9 @@ class Link:
         self._poll.register(sock, select.POLLIN)
 
     def receive(self, *, wait: bool) -> list[Message] | None:
-        """All that has arrived, after waiting for something if `wait`. None: the other end is closed."""
+        """All that has arrived, after waiting a moment for something if `wait`. None: the other end is closed."""
         messages: list[Message] = []
-        timeout = None if wait else 0
+        timeout = NAP_MS if wait else 0
         while self._poll.poll(timeout):
             try:
                 data = self._sock.recv(READ_BYTES)
@@ -68,31 +70,37 @@ class Link:
         return True
 
 
-def main(sock: socket.socket, args: WorkerArgs) -> int:
+def main(sock: socket.socket, args: WorkerArgs, links: RankLinks) -> int:
     """Load the model, say Ready or Failed, then serve. Returns the exit status of the process."""
     link = Link(sock)
     try:
-        engine = _load(args)
-    except (StartupError, LookupError) as error:
+        loaded = engine.load(args, links)
+        link.send(loaded.ready)
+        return serve(link, loaded, links)
+    except (StartupError, LookupError, CollectiveError) as error:
+        # Of a collective: what stopped the ranks, in the words of whoever did.
         link.send(Failed(str(error)))
         return 1
     except Exception as error:
-        log.exception("the engine could not start")
-        link.send(Failed(f"the engine could not start: {type(error).__name__}: {' '.join(str(error).split())}"))
+        log.exception("%s failed", links.place)
+        reason = f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        links.abort(reason)
+        link.send(Failed(reason))
         return 1
-    link.send(engine.ready)
-    return serve(link, engine)
 
 
-def serve(link: Link, engine: Engine) -> int:
+def serve(link: Link, engine: Engine, links: RankLinks) -> int:
     """Take what has arrived, compute one step, say what it brought; until the other end is gone or says Shutdown."""
     while (messages := link.receive(wait=engine.is_idle)) is not None:
+        links.beat()
         for message in messages:
             if isinstance(message, Shutdown):
+                engine.close()
                 return 0
             _deliver(message, engine, link)
         if not engine.is_idle:
             link.send(engine.step())
+    engine.close()
     return 0
 
 
@@ -106,13 +114,3 @@ def _deliver(message: Message, engine: Engine, link: Link) -> None:
             link.send(engine.scheduler.flush(message.id))
         case _:
             raise ValueError(f"{type(message).__name__} is not for the driver")
-
-
-def _load(args: WorkerArgs) -> Engine:
-    # By default torch's threads spin between operations. When another process wants the core, that delays the very
-    # thread they wait for: decode on 2 busy cores was 11 times slower than with threads that sleep. OpenMP reads this
-    # once, when torch is imported, which is therefore done here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from warmroute_worker import engine
-
-    return engine.load(args)

@@ -9,6 +9,8 @@ import enum
 import signal
 from dataclasses import dataclass, field
 
+from warmroute_worker.child_process import ending
+
 KILL_AFTER_SECONDS = 2.5
 """How long the rest may take once one process is dead. With `http.process.LAST_WORDS_SECONDS` in it, below the 5 s in
 which a worker whose engine died has to be gone."""
@@ -40,6 +42,7 @@ class Lifecycle:
     drain_timeout: float
     address: str
     _alive: set[Part] = field(default_factory=lambda: set(Part))
+    _ready: bool = False
     _draining: bool = False
     _deadline: float | None = None
     _served: bool = False
@@ -65,7 +68,13 @@ class Lifecycle:
         """The first thing that went wrong."""
         return self._cause
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether the engine has said that it is ready."""
+        return self._ready
+
     def ready(self, text: str) -> Actions:
+        self._ready = True
         return Actions(say=f"ready on {self.address} ({text})")
 
     def failed(self, message: str) -> Actions:
@@ -93,7 +102,7 @@ class Lifecycle:
             self._served = True
             self._cause = None
         if not clean and not self._served and self._cause is None and self._interrupted_by is None:
-            self._cause = f"the {part.value} process (pid {pid}) {_ending(return_code)}"
+            self._cause = f"the {part.value} process (pid {pid}) {ending(return_code)}"
         end = now + KILL_AFTER_SECONDS
         self._deadline = end if self._deadline is None else min(self._deadline, end)
         # Nothing runs without the HTTP process; the driver's death it sees itself and ends what runs with an error.
@@ -105,14 +114,3 @@ class Lifecycle:
         if self._draining and self._cause is None and len(self._alive) == len(Part):
             self._cause = "the processes did not end in time after SIGTERM"
         return Actions(kill=True)
-
-
-def _ending(return_code: int) -> str:
-    if return_code >= 0:
-        return f"exited with code {return_code}"
-    try:
-        name = signal.Signals(-return_code).name
-    except ValueError:
-        name = f"signal {-return_code}"
-    hint = " (out of memory?)" if name == "SIGKILL" else ""
-    return f"was killed by {name}{hint}"

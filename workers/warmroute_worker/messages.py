@@ -95,7 +95,12 @@ class Ready:
     dtype: str
     device: str
     weight_bytes: int
+    """Of all ranks together, as is the next: what each rank has a copy of counts as often."""
     kv_pool_bytes: int
+    layout: str
+    """How the model is divided, such as `tp 2, pp 2`; empty for one rank."""
+    collectives: str
+    """What carries sums between ranks; `none` if nothing does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from warmroute_worker.messages import Load
+    from warmroute_worker.rank_statuses import RankStatuses
 
 _FIRST_TOKEN_BUCKETS = (
     0.001,
@@ -91,6 +92,10 @@ class Metrics:
         """Where to read the driver's last `Load` and the size of the batch, None before the engine is ready."""
         self._registry.register(_LoadCollector(load, self.throughput, clock, self._labels))
 
+    def follow_ranks(self, ranks: RankStatuses) -> None:
+        """Where to read what each rank says of itself."""
+        self._registry.register(_RankCollector(ranks, self._labels))
+
     def exposition(self) -> bytes:
         """Prometheus text."""
         return generate_latest(self._registry)
@@ -147,6 +152,47 @@ class _LoadCollector:
             counter = CounterMetricFamily(name, text, labels=list(self._labels))
             counter.add_metric(list(self._labels.values()), value)
             yield counter
+
+
+class _RankCollector:
+    """One series per rank and, of collectives, per operation."""
+
+    _GAUGES = (("weight_bytes", "Bytes of weights"), ("pool_bytes", "Bytes of the KV pool"))
+    _COUNTERS = (
+        ("steps", "steps", 1, "Steps computed"),
+        ("busy_ns", "busy_seconds", 1e-9, "Seconds computing"),
+        ("comm_ns", "comm_seconds", 1e-9, "Seconds in collectives, waiting for others included"),
+        ("slot_bytes", "comm_written_bytes", 1, "Bytes written for others to read"),
+    )
+
+    def __init__(self, ranks: RankStatuses, labels: dict[str, str]) -> None:
+        self._ranks, self._labels = ranks, labels
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        ranks = self._ranks.read()
+        names = list(self._labels)
+        values = [
+            [*({**self._labels, "tp_rank": str(rank["tp_rank"]), "pp_rank": str(rank["pp_rank"])}).values()]
+            for rank in ranks
+        ]
+        for key, text in self._GAUGES:
+            gauge = GaugeMetricFamily(f"warmroute_worker_{key}", text, labels=names)
+            for rank, own in zip(ranks, values, strict=True):
+                gauge.add_metric(own, rank[key])
+            yield gauge
+        for key, name, factor, text in self._COUNTERS:
+            counter = CounterMetricFamily(f"warmroute_worker_{name}", text, labels=names)
+            for rank, own in zip(ranks, values, strict=True):
+                counter.add_metric(own, rank[key] * factor)
+            yield counter
+        moved = CounterMetricFamily("warmroute_worker_comm_bytes", "Bytes given to collectives", labels=[*names, "op"])
+        for rank, own in zip(ranks, values, strict=True):
+            for op, count in rank["collectives"].items():
+                moved.add_metric([*own, op], count["bytes"])
+        yield moved
 
 
 def cache_hit_rate(load: Load) -> float:

@@ -10,10 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from warmroute_worker import topology
 from warmroute_worker.startup_error import StartupError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from warmroute_worker.topology import Layout
 
 SUPPORTED_ARCHITECTURES = (
     "DeepseekV2ForCausalLM",
@@ -143,10 +146,12 @@ class ModelConfig:
     weight_block: tuple[int, int]
     """Of fp8: rows and columns that share a scale."""
 
-    @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """(parts, heads, dim) of what a layer caches of a token: key and value of each head, or one latent row."""
-        return (2, self.num_kv_heads, self.head_dim) if self.mla is None else (1, 1, self.mla.row_dim)
+    def kv_shape(self, tp_rank: int, tp_size: int) -> tuple[int, int, int]:
+        """(parts, heads, dim) of what a layer caches of a token on a rank: key and value of each of its heads, or one
+        latent row, which every rank has."""
+        if self.mla is not None:
+            return (1, 1, self.mla.row_dim)
+        return (2, len(topology.kv_heads(self.num_heads, self.num_kv_heads, tp_rank, tp_size)), self.head_dim)
 
     @property
     def architecture(self) -> str:
@@ -186,6 +191,21 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
         raise ModelError(
             f"{folder}: tokenizer.json has token ids up to {largest}, but config.json says vocab_size {vocab_size}"
         )
+
+
+def check_layout(config: ModelConfig, layout: Layout) -> None:
+    """Raise ModelError if the model cannot be divided among so many ranks."""
+    tp_size, pp_size = layout.tp_size, layout.pp_size
+    if config.num_heads % tp_size:
+        choices = ", ".join(str(n) for n in range(1, config.num_heads + 1) if config.num_heads % n == 0)
+        raise ModelError(
+            f"--tp {tp_size} does not divide the model's {config.num_heads} attention heads; it can be {choices}"
+        )
+    smallest = min(config.intermediate_size, config.moe.intermediate_size if config.moe else config.vocab_size)
+    if tp_size > min(smallest, config.vocab_size):
+        raise ModelError(f"--tp {tp_size} is more than the {smallest} inner numbers that the ranks have to share")
+    if pp_size > config.num_layers:
+        raise ModelError(f"--pp-size {pp_size} is more than the model's {config.num_layers} layers")
 
 
 def _parse(raw: dict[str, Any], architectures: tuple[str, ...], eos_token_ids: tuple[int, ...]) -> ModelConfig:

@@ -6,6 +6,7 @@ A plan is columns of numbers and nothing else, so that it can be sent to executo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,3 +76,61 @@ class StepPlan:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def encode(self) -> bytes:
+        """How the driver sends a plan to the other ranks; `decode` is the other end."""
+        columns = [self._columns()[name] for name in _DTYPES]
+        counts = np.array([column.size for column in columns], np.int64)
+        return b"".join([counts.tobytes(), *(column.tobytes() for column in columns)])
+
+    @classmethod
+    def decode(cls, data: bytes) -> StepPlan:
+        """What `encode` wrote."""
+        # Writable, since tensors are made of the columns; the 8-byte ones come first, so that all are aligned.
+        buffer = bytearray(data)
+        counts = np.frombuffer(buffer, np.int64, len(_DTYPES))
+        at = counts.nbytes
+        columns: dict[str, Any] = {}
+        for (name, dtype), count in zip(_DTYPES.items(), counts.tolist(), strict=True):
+            columns[name] = np.frombuffer(buffer, dtype, count, at)
+            at += columns[name].nbytes
+        changes: dict[str, Any] = {
+            kind: LogitChanges(*(columns.pop(f"{kind}_{part}") for part in ("rows", "ids", "values")))
+            for kind in ("scaled", "added")
+        }
+        sampling = SamplingColumns(**{name: columns.pop(name) for name in _SAMPLING}, **changes)
+        columns["page_updates"] = columns["page_updates"].reshape(-1, 3)
+        return cls(**columns, sampling=sampling)
+
+    def _columns(self) -> dict[str, npt.NDArray[Any]]:
+        columns: dict[str, npt.NDArray[Any]] = vars(self) | vars(self.sampling)
+        for kind in ("scaled", "added"):
+            changes = columns[kind]
+            columns |= {f"{kind}_{part}": getattr(changes, part) for part in ("rows", "ids", "values")}
+        return columns
+
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "token_ids": np.int64,
+    "seeds": np.uint64,
+    "positions": np.int64,
+    "scaled_rows": np.int64,
+    "scaled_ids": np.int64,
+    "added_rows": np.int64,
+    "added_ids": np.int64,
+    "rows": np.int32,
+    "starts": np.int32,
+    "lengths": np.int32,
+    "page_updates": np.int32,
+    "temperatures": np.float32,
+    "top_ks": np.int32,
+    "top_ps": np.float32,
+    "min_ps": np.float32,
+    "logprobs": np.int32,
+    "scaled_values": np.float32,
+    "added_values": np.float32,
+    "sampled": np.bool_,
+}
+"""Of a plan's columns, in the order in which they are sent."""
+
+_SAMPLING = ("temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions", "logprobs")

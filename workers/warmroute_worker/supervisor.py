@@ -17,19 +17,25 @@ import time
 from typing import TYPE_CHECKING
 
 from warmroute_worker import model_config, model_folder
+from warmroute_worker._comm import Region
 from warmroute_worker.lifecycle import Actions, Lifecycle, Part
 from warmroute_worker.startup_error import StartupError
+from warmroute_worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from warmroute_worker.args import WorkerArgs
 
 HTTP_MODULE = "warmroute_worker.http.process"
-DRIVER_MODULE = "warmroute_worker.driver_process"
+DRIVER_MODULE = "warmroute_worker.engine_process"
 """What `python -m` runs; tests put a scripted driver here."""
 
 # Torch's threads wait for each other asleep unless the operator says otherwise. Spinning, two threads on two cores that
 # other processes use as well gave 13 and 73 tokens/s (1 and 32 streams of the demo model); asleep 114 and 2,097.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # numpy multiplies nothing here, and a process with threads is no good parent for ranks.
+    "OPENBLAS_NUM_THREADS": "1",
+}
 _BACKLOG = 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -42,7 +48,7 @@ def run(args: WorkerArgs) -> int:
     """Serves until a signal or a death; returns the exit code. Raises StartError."""
     try:
         # Also what the driver would find out itself, seconds later: it has to import torch first.
-        model_config.read(model_folder.resolve(args.model_path))
+        model_config.check_layout(model_config.read(model_folder.resolve(args.model_path)), args.layout)
     except (LookupError, StartupError) as error:
         raise StartError(str(error)) from error
     return _Supervisor(args, _listen(args)).run()
@@ -65,16 +71,23 @@ class _Supervisor:
         url_host = f"[{host}]" if ":" in host else host
         self._lifecycle = Lifecycle(args.drain_timeout, f"http://{url_host}:{port}")
         self._selector = selectors.DefaultSelector()
+        layout = args.layout
+        self._ranks_fd = Region.memory_file(layout.world_size, layout.groups())
+        self._region = Region(self._ranks_fd, layout.world_size, layout.groups())
+        self._watchdog = Watchdog(layout, args.watchdog_timeout)
         self._listen_for_signals()
         self._processes = self._start(listener)
 
     def run(self) -> int:
         while (code := self._lifecycle.exit_code) is None:
             deadline = self._lifecycle.deadline
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            timeout = self._watchdog.interval
+            if deadline is not None:
+                timeout = min(timeout, max(0.0, deadline - time.monotonic()))
             for key, _ in self._selector.select(timeout):
                 self._do(key.data())
             self._reap()
+            self._watch(time.monotonic())
             self._do(self._lifecycle.tick(time.monotonic()))
         self._read_status()
         if self._lifecycle.cause is not None:
@@ -89,14 +102,21 @@ class _Supervisor:
         self._selector.register(status_read, selectors.EVENT_READ, self._read_status)
         # The driver first: it takes seconds to import torch. Each end of the pair must have one owner only, or its
         # death would not be seen at the other; so descriptors are passed by number and closed here.
-        driver = self._spawn(DRIVER_MODULE, {"--engine-fd": driver_end.fileno()})
+        ranks = {"--ranks-fd": self._ranks_fd}
+        driver = self._spawn(DRIVER_MODULE, {"--engine-fd": driver_end.fileno(), **ranks})
         http = self._spawn(
             HTTP_MODULE,
-            {"--engine-fd": http_end.fileno(), "--listener-fd": listener.fileno(), "--status-fd": status_write},
+            {
+                "--engine-fd": http_end.fileno(),
+                "--listener-fd": listener.fileno(),
+                "--status-fd": status_write,
+                **ranks,
+            },
         )
         for end in (http_end, driver_end, listener):
             end.close()
         os.close(status_write)
+        os.close(self._ranks_fd)
         return {Part.DRIVER: driver, Part.HTTP: http}
 
     def _spawn(self, module: str, descriptors: dict[str, int]) -> subprocess.Popen[bytes]:
@@ -149,7 +169,21 @@ class _Supervisor:
             code = process.poll()
             if code is not None:
                 del self._processes[part]
+                # What stopped the ranks says more than how their process ended.
+                cause = self._region.aborted() if part is Part.DRIVER else None
+                if cause is not None:
+                    self._do(self._lifecycle.failed(cause))
                 self._do(self._lifecycle.exited(part, process.pid, code, time.monotonic()))
+
+    def _watch(self, now: float) -> None:
+        """Ends the ranks when one of them shows no life."""
+        if not self._lifecycle.is_serving or Part.DRIVER not in self._processes:
+            return
+        statuses = [self._region.status(rank) for rank in range(self._args.layout.world_size)]
+        verdict = self._watchdog.observe(statuses, now)
+        if verdict is not None:
+            self._region.abort(verdict)
+            self._processes[Part.DRIVER].kill()
 
     def _do(self, actions: Actions) -> None:
         if actions.say is not None and self._args.log_level in ("debug", "info"):

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from warmroute_worker.messages import TokenLogprobs
     from warmroute_worker.step_plan import StepPlan
 
+    Drawn = tuple[Sequence[int], Mapping[int, TokenLogprobs]]
+    """The sampled tokens of a plan, in its order, and the logprobs that were asked for, by place in that order."""
+
 
 @dataclass(frozen=True)
 class ExecutorFacts:
@@ -22,15 +25,28 @@ class ExecutorFacts:
     dtype: str
     device: str
     weight_bytes: int
+    """Of all ranks together, as is the next."""
     kv_pool_bytes: int
+    collectives: str
+    """What carries sums between ranks."""
+    depth: int
+    """Plans that may be under way at once: with fewer, some rank has nothing to do."""
 
 
 class Executor(Protocol):
-    """Runs plans in the order they are given. One in this process now; a group of ranks can stand behind it later."""
+    """Runs plans in the order they are given."""
 
     @property
     def facts(self) -> ExecutorFacts: ...
 
-    def execute(self, plan: StepPlan) -> tuple[Sequence[int], Mapping[int, TokenLogprobs]]:
-        """The sampled tokens of a plan, in its order, and the logprobs that were asked for, by place in that order."""
+    def submit(self, plan: StepPlan) -> None:
+        """Begin a step."""
+        ...
+
+    def collect(self) -> Drawn:
+        """What the oldest plan brought that has not been collected."""
+        ...
+
+    def close(self) -> None:
+        """No plan will follow."""
         ...

@@ -31,6 +31,11 @@ def available_bytes(device: torch.device) -> int:
     return min(room for room in candidates if room is not None)
 
 
+def sharers(device: torch.device, num_ranks: int) -> int:
+    """How many of the worker's ranks live off the memory of `device`."""
+    return num_ranks if device.type == "cpu" else -(-num_ranks // torch.cuda.device_count())
+
+
 def pool_pages(
     *,
     available: int,

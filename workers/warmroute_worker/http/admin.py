@@ -49,9 +49,7 @@ async def server_info(request: web.Request) -> web.Response:
         **dataclasses.asdict(service.args),
         "tokenizer_path": service.args.model_path,
         "version": _version(),
-        "tp_size": 1,
         "dp_size": 1,
-        "pp_size": 1,
         "ep_size": 1,
         "load_balance_method": "round_robin",
         "disaggregation_mode": "null",
@@ -118,6 +116,13 @@ async def flush_cache(request: web.Request) -> web.Response:
     if not result.ok:
         raise ApiError(ErrorCode.BUSY, result.message)
     return web.Response(text="Cache flushed.\n")
+
+
+async def ranks(request: web.Request) -> web.Response:
+    """What each rank says of itself: pid, coordinates, weights, pool, steps, and what its collectives moved."""
+    service = request.app[SERVICE]
+    service.facts()
+    return _json({"ranks": service.ranks.read()})
 
 
 async def metrics(request: web.Request) -> web.Response:

@@ -47,6 +47,7 @@ def make_app(service: Service) -> web.Application:
             web.get("/flush_cache", admin.flush_cache),
             web.post("/flush_cache", admin.flush_cache),
             web.get("/metrics", admin.metrics),
+            web.get("/debug/ranks", admin.ranks),
         ]
     )
     return app

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from warmroute_worker import model_folder
+from warmroute_worker._comm import Region
 from warmroute_worker.args import WorkerArgs
 from warmroute_worker.chat import ChatTemplate
 from warmroute_worker.child_process import StatusPipe, die_with_parent, leave_signals_to_parent
@@ -24,6 +25,7 @@ from warmroute_worker.engine_client import EngineClient, Phase
 from warmroute_worker.http.app import make_runner
 from warmroute_worker.http.service import Service
 from warmroute_worker.metrics import Metrics
+from warmroute_worker.rank_statuses import RankStatuses
 from warmroute_worker.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def main() -> int:
     parser.add_argument("--engine-fd", type=int, required=True, help="this process's end of the socket pair")
     parser.add_argument("--listener-fd", type=int, required=True)
     parser.add_argument("--status-fd", type=int, required=True)
+    parser.add_argument("--ranks-fd", type=int, required=True, help="the memory that the ranks share")
     parser.add_argument("--worker-args", type=WorkerArgs.from_json, required=True)
     options = parser.parse_args()
     die_with_parent(options.parent_pid)
@@ -49,7 +52,7 @@ def main() -> int:
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     status = StatusPipe(options.status_fd)
     try:
-        service = load_service(args)
+        service = load_service(args, options.ranks_fd)
     except (LookupError, ValueError) as error:
         status.failed(str(error))
         return 1
@@ -59,18 +62,24 @@ def main() -> int:
         return runner.run(serve(service, listener, engine_socket, status))
 
 
-def load_service(args: WorkerArgs) -> Service:
-    """The text side of the model. Raises LookupError or ValueError with one line."""
+def load_service(args: WorkerArgs, ranks_fd: int) -> Service:
+    """The text side of the model. `ranks_fd`: the memory that the ranks share.
+
+    Raises LookupError or ValueError with one line.
+    """
     folder = model_folder.resolve(args.model_path)
     metrics = Metrics(args.served_model_name)
     engine = EngineClient(metrics)
     metrics.follow(engine.current_load, time.monotonic)
+    ranks = RankStatuses(args.layout, Region(ranks_fd, args.layout.world_size, args.layout.groups()))
+    metrics.follow_ranks(ranks)
     return Service(
         args=args,
         tokenizer=Tokenizer.from_folder(folder),
         chat_template=ChatTemplate.from_folder(folder),
         engine=engine,
         metrics=metrics,
+        ranks=ranks,
         created=int(time.time()),
     )
 
@@ -114,8 +123,9 @@ async def _watch(engine: EngineClient, status: StatusPipe) -> Phase:
         before = engine.phase
         if engine.phase is Phase.READY and engine.facts is not None:
             facts = engine.facts
+            ranks = f"{facts.layout}, sums by {facts.collectives}, " if facts.layout else ""
             status.ready(
-                f"{facts.model_type} on {facts.device}, {facts.dtype}, context {facts.context_length} tokens, "
+                f"{facts.model_type} on {facts.device}, {facts.dtype}, {ranks}context {facts.context_length} tokens, "
                 f"KV pool {facts.max_total_tokens} tokens"
             )
 

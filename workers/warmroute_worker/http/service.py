@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from warmroute_worker.chat import ChatTemplate
     from warmroute_worker.engine_client import EngineClient
     from warmroute_worker.metrics import Metrics
+    from warmroute_worker.rank_statuses import RankStatuses
     from warmroute_worker.tokenizer import Tokenizer
 
 
@@ -36,6 +37,7 @@ class Service:
     chat_template: ChatTemplate | None
     engine: EngineClient
     metrics: Metrics
+    ranks: RankStatuses
     created: int
     """When the model was loaded, in seconds since 1970; /v1/models says so."""
     draining: bool = False

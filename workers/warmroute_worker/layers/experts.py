@@ -10,43 +10,51 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from warmroute_worker.layers.linear import Linear, silu_and_multiply
+from warmroute_worker import topology
+from warmroute_worker.layers.linear import Linear, product, silu_and_multiply
+from warmroute_worker.weights.source import Part
 
 if TYPE_CHECKING:
+    from warmroute_worker.comm.tensor_group import TensorGroup
     from warmroute_worker.model_config import MoeConfig
     from warmroute_worker.weights.source import WeightSource
 
 
 class GatedMlp:
-    """down(silu(gate(x)) * up(x))"""
+    """down(silu(gate(x)) * up(x)), of which each rank computes its share of the inner numbers."""
 
-    def __init__(self, source: WeightSource, name: str, hidden: int, intermediate: int, bias: bool) -> None:
-        self._gate_up = Linear(source, [f"{name}.gate_proj", f"{name}.up_proj"], hidden, [intermediate] * 2, bias)
-        self._down = Linear(source, [f"{name}.down_proj"], intermediate, [hidden], bias)
+    def __init__(
+        self, source: WeightSource, name: str, hidden: int, intermediate: int, bias: bool, group: TensorGroup
+    ) -> None:
+        own = topology.share(intermediate, group.rank, group.size)
+        inner = [f"{name}.gate_proj", f"{name}.up_proj"]
+        self._gate_up = Linear(source, inner, hidden, [intermediate] * 2, bias, [Part.of_rows(own)] * 2)
+        self._down = Linear(source, [f"{name}.down_proj"], intermediate, [hidden], bias, [Part(columns=own)])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] -> the same"""
+        """[tokens, hidden] -> this rank's part of the sum, [tokens, hidden]"""
         return self._down(silu_and_multiply(self._gate_up(x)))
 
 
 class Experts:
-    """Gated MLPs of one size, stacked: [experts, 2 * intermediate, hidden] and [experts, hidden, intermediate]."""
+    """Gated MLPs of one size. Each rank has its share of every expert's inner numbers."""
 
-    def __init__(self, source: WeightSource, name: str, hidden: int, config: MoeConfig) -> None:
+    def __init__(self, source: WeightSource, name: str, hidden: int, config: MoeConfig, group: TensorGroup) -> None:
         gate, up, down = config.projections
         size = config.intermediate_size
+        own = topology.share(size, group.rank, group.size)
 
-        def of(expert: int, projection: str, shape: tuple[int, int]) -> torch.Tensor:
-            return source.tensor(f"{name}.{expert}.{projection}.weight", shape)
+        def of(expert: int, projection: str, shape: tuple[int, int], part: Part) -> torch.Tensor:
+            return source.tensor(f"{name}.{expert}.{projection}.weight", shape, part=part)
 
-        experts = range(config.num_experts)
-        self._gate_up = torch.stack(
-            [torch.cat([of(e, gate, (size, hidden)), of(e, up, (size, hidden))]) for e in experts]
-        )
-        self._down = torch.stack([of(e, down, (hidden, size)) for e in experts])
+        experts, rows = range(config.num_experts), Part.of_rows(own)
+        self._gate_up = [
+            product(torch.cat([of(e, projection, (size, hidden), rows) for projection in (gate, up)])) for e in experts
+        ]
+        self._down = [product(of(e, down, (hidden, size), Part(columns=own))) for e in experts]
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] rows, [tokens, k] experts and weights -> [tokens, hidden] weighted sums."""
+        """[tokens, hidden] rows, [tokens, k] experts and weights -> [tokens, hidden] own part of the weighted sums."""
         per_token = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
         tokens = order // per_token
@@ -57,17 +65,19 @@ class Experts:
         for expert, count in enumerate(counts):
             if count:
                 own = slice(begin, begin + count)
-                inner = silu_and_multiply(functional.linear(rows[own], self._gate_up[expert]))
-                outputs[own] = functional.linear(inner, self._down[expert])
+                outputs[own] = self._down[expert](silu_and_multiply(self._gate_up[expert](rows[own])))
                 begin += count
         outputs *= weights.flatten()[order].unsqueeze(1)
         return torch.zeros_like(x).index_add_(0, tokens, outputs)
 
 
 class MixtureOfExperts:
-    """Each token goes through the experts that the router likes best, and through the shared one."""
+    """Each token goes through the experts that the router likes best, and through the shared one.
 
-    def __init__(self, source: WeightSource, name: str, hidden: int, config: MoeConfig) -> None:
+    Every rank routes every token, to the same experts: what it routes by is the same to the bit.
+    """
+
+    def __init__(self, source: WeightSource, name: str, hidden: int, config: MoeConfig, group: TensorGroup) -> None:
         self._config = config
         # Which experts are chosen must not depend on how numbers are rounded.
         router_dtype = torch.float32 if config.float32_router else None
@@ -76,17 +86,17 @@ class MixtureOfExperts:
         if config.score_bias:
             bias_name = f"{name}.gate.e_score_correction_bias"
             self._score_bias = source.tensor(bias_name, (config.num_experts,), torch.float32)
-        self._experts = Experts(source, f"{name}.experts", hidden, config)
+        self._experts = Experts(source, f"{name}.experts", hidden, config, group)
         self._shared: GatedMlp | None = None
         self._shared_gate: Linear | None = None
         if config.shared_intermediate_size:
             size = config.shared_intermediate_size
-            self._shared = GatedMlp(source, f"{name}.{config.shared_module}", hidden, size, bias=False)
+            self._shared = GatedMlp(source, f"{name}.{config.shared_module}", hidden, size, False, group)
             if config.shared_gated:
                 self._shared_gate = Linear(source, [f"{name}.{config.shared_module}_gate"], hidden, [1], bias=False)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] -> the same"""
+        """[tokens, hidden] -> this rank's part of the sum, [tokens, hidden]"""
         weights, chosen = self._route(x)
         output = self._experts(x, chosen, weights.to(x.dtype))
         if self._shared is not None:

@@ -19,26 +19,32 @@ _INT32_MAX = 2**31 - 1
 
 
 class Chunk(NamedTuple):
-    """The next `length` pending tokens of a running request."""
+    """Tokens of a running request that one plan computes."""
 
     request: Request
+    start: int
     length: int
+    samples: bool
+    """The last pending token is one of them."""
+    epoch: int
+    """The request's; when it has another, it has left the batch and the tokens are nobody's."""
 
-    @property
-    def samples(self) -> bool:
-        return self.length == self.request.num_pending
+    @classmethod
+    def next_of(cls, request: Request, length: int) -> Chunk:
+        """The next `length` pending tokens."""
+        return cls(request, request.num_computed, length, length == request.num_pending, request.epoch)
 
 
 def step_plan(chunks: Sequence[Chunk], page_updates: Sequence[tuple[int, int, int]]) -> StepPlan:
     """The plan that computes `chunks`. Decodes must come before prefills, as executors batch them differently."""
     tokens: list[int] = []
-    for request, length in chunks:
-        tokens += request.tokens[request.num_computed : request.num_computed + length]
+    for request, start, length, _, _ in chunks:
+        tokens += request.tokens[start : start + length]
     sampled = [chunk.request for chunk in chunks if chunk.samples]
     scaled, added = logit_changes(sampled)
     return StepPlan(
         rows=np.array([chunk.request.row for chunk in chunks], np.int32),
-        starts=np.array([chunk.request.num_computed for chunk in chunks], np.int32),
+        starts=np.array([chunk.start for chunk in chunks], np.int32),
         lengths=np.array([chunk.length for chunk in chunks], np.int32),
         token_ids=np.array(tokens, np.int64),
         sampled=np.array([chunk.samples for chunk in chunks], np.bool_),

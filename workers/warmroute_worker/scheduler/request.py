@@ -22,6 +22,7 @@ class Request:
         "_keys",
         "cached_tokens",
         "counts",
+        "epoch",
         "expected_uncached",
         "lease",
         "max_new_tokens",
@@ -56,6 +57,9 @@ class Request:
         self.seed = seed
         self.page_size = page_size
         self.num_computed = 0
+        """Tokens whose keys and values are in the pool, or will be by the time that a later plan runs."""
+        self.epoch = 0
+        """How often it has left the batch."""
         self.cached_tokens: int | None = None
         """Prompt tokens found cached when the request first ran; None before."""
         self.expected_uncached = 0
@@ -78,7 +82,7 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Tokens without keys and values; at least 1, because the newest token is always one of them."""
+        """Tokens without keys and values. 0: they are being computed, and the next token is not known yet."""
         return len(self.tokens) - self.num_computed
 
     @property

@@ -5,6 +5,8 @@
   prefix cache, it waits at the head of the queue and is recomputed. The oldest is never retracted for a newer one and a
   lone one always fits, because its length was cut to the pool; so there is no deadlock and nothing is dropped.
 * The pages of the whole prompt are taken at admission; only decoding allocates later.
+* Several plans may be under way (pipeline stages). They run in order, so what a plan computes counts as computed once
+  it is scheduled: whatever uses it comes later. Of a request that left in the meantime, the token is dropped.
 """
 
 from __future__ import annotations
@@ -54,10 +56,12 @@ class Limits:
     """fcfs or lpm."""
     schedule_conservativeness: float
     random_seed: int
+    depth: int = 1
+    """Plans that may be under way at once."""
 
 
 class Scheduler:
-    """Owns all requests. `schedule` says what to compute, `apply` takes the tokens; between them nothing may change."""
+    """Owns all requests. `schedule` says what to compute, `apply` takes the tokens of the oldest plan under way."""
 
     def __init__(self, limits: Limits, cache: KvCache) -> None:
         self._limits = limits
@@ -69,8 +73,8 @@ class Scheduler:
         """Oldest admission first."""
         self._free_rows = list(range(limits.max_running_requests - 1, -1, -1))
         self._ratio = NewTokenRatio(limits.schedule_conservativeness)
-        self._chunks: list[Chunk] = []
-        """What the plan in flight computes."""
+        self._under_way: deque[list[Chunk]] = deque()
+        """What the plans compute whose tokens have not come, the oldest first."""
         self._page_updates: list[tuple[int, int, int]] = []
         self._rows: list[Row] = []
         """Answers that did not need a step: refusals and aborts."""
@@ -145,35 +149,49 @@ class Scheduler:
         self._ratio.stepped()
         self._grow()
         self._admit()
-        self._chunks = self._next_chunks()
-        plan = step_plan(self._chunks, self._page_updates)
-        self._page_updates.clear()
+        chunks = self._next_chunks()
+        plan = step_plan(chunks, self._page_updates if chunks else [])
+        for request, start, length, _, _ in chunks:
+            request.num_computed = start + length
+        if chunks:
+            self._page_updates.clear()
+        self._under_way.append(chunks)
         return plan
 
+    def withdraw(self) -> None:
+        """Forget the newest plan, which was empty and will not run."""
+        chunks = self._under_way.pop()
+        assert not chunks
+
+    def fail(self) -> None:
+        """The oldest plan under way did not run, for lack of memory: those it computed wait and are computed again."""
+        for request, start, _, _, epoch in reversed(self._under_way.popleft()):
+            if request.epoch == epoch:
+                request.num_computed = start
+                self._retract(request)
+
     def apply(self, token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS) -> StepOutput:
-        """Take the tokens of the last plan, one per sampled sequence in its order, and say what is new.
+        """Take the tokens of the oldest plan under way, one per sampled sequence in its order, and say what is new.
 
         `logprobs`: by place in that order.
         """
         rows, self._rows = self._rows, []
         sampled = iter(enumerate(token_ids))
-        for chunk in self._chunks:
-            request, length = chunk
-            samples = chunk.samples
-            request.num_computed += length
+        for request, _, length, samples, epoch in self._under_way.popleft():
+            place, token = next(sampled) if samples else (-1, -1)
+            if request.epoch != epoch:
+                continue
             if length > 1:
                 # Siblings that wait with the same prompt find these pages in the next step.
                 self._publish(request)
             if not samples:
                 continue
-            place, token = next(sampled)
             request.tokens.append(token)
             self._generation_tokens_total += 1
             reason = request.finish_reason()
             rows.append(Row(request.rid, [token], reason, request.cached_tokens or 0, None, logprobs.get(place)))
             if reason is not None:
                 self._finish(request)
-        self._chunks = []
         return StepOutput(rows, self.load())
 
     def load(self) -> Load:
@@ -200,7 +218,8 @@ class Scheduler:
         for request in self._running:
             lease = request.lease
             assert lease is not None
-            assert 0 <= request.num_computed < len(request.tokens)
+            assert 0 <= request.num_computed <= len(request.tokens)
+            assert self._under_way or request.num_computed < len(request.tokens)
             assert len(lease.pages) * self._limits.page_size >= request.num_computed
         for request in self._waiting:
             assert request.lease is None
@@ -285,14 +304,16 @@ class Scheduler:
 
     def _next_chunks(self) -> list[Chunk]:
         """Decodes first, then prefills, the oldest first, within the budget."""
-        chunks = [Chunk(request, 1) for request in self._running if request.num_pending == 1]
+        # With several plans under way each decodes its share, or one would decode all and the others nothing.
+        most = -(-len(self._running) // self._limits.depth)
+        chunks = [Chunk.next_of(request, 1) for request in self._running if request.num_pending == 1][:most]
         budget = self._prefill_budget()
         chunked = self._limits.chunked_prefill_size > 0
         for request in self._running:
             pending = request.num_pending
             if pending > 1 and budget > 0:
                 length = min(pending, budget) if chunked else pending
-                chunks.append(Chunk(request, length))
+                chunks.append(Chunk.next_of(request, length))
                 budget -= length
         return chunks
 
@@ -330,6 +351,7 @@ class Scheduler:
         assert lease is not None
         self._cache.release(lease, request.keys(request.num_computed))
         request.lease = None
+        request.epoch += 1
         self._running.remove(request)
         self._free_rows.append(request.row)
         request.row = -1

@@ -6,16 +6,22 @@ import zlib
 
 import torch
 
+from warmroute_worker.weights.source import WHOLE, Part
+
 
 class DummyWeights:
-    """A `WeightSource` that draws every tensor from (seed, name) alone: the same ones in whatever order."""
+    """A `WeightSource` that draws every tensor from (seed, name) alone: the same ones in whatever order and layout."""
 
     def __init__(self, seed: int, std: float, dtype: torch.dtype, device: torch.device) -> None:
-        self._seed, self._std, self._dtype, self._device = seed, std, dtype, device
+        self._seed, self._std = seed, std
+        self.dtype, self.device = dtype, device
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None, part: Part = WHOLE
+    ) -> torch.Tensor:
         """See `WeightSource`. Vectors that scale (norms) are one, as in a fresh model."""
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=dtype or self._dtype, device=self._device)
+            return torch.ones(part.shape(shape), dtype=dtype or self.dtype, device=self.device)
         generator = torch.Generator().manual_seed((self._seed << 32 ^ zlib.crc32(name.encode())) & (1 << 63) - 1)
-        return (torch.randn(shape, generator=generator) * self._std).to(self._device, dtype or self._dtype)
+        drawn = part.take(torch.randn(shape, generator=generator))
+        return drawn.mul_(self._std).to(self.device, dtype or self.dtype)

@@ -8,13 +8,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from warmroute_worker.model_config import ModelError
+from warmroute_worker.weights.source import WHOLE, Part
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 class SafetensorsReader:
-    """A `WeightSource` over one folder. Files are mapped; a tensor is read when it is asked for."""
+    """A `WeightSource` over one folder. Files are mapped; of a tensor, only the part that is asked for is read."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, block: tuple[int, int]) -> None:
         """`block`: rows and columns of an fp8 weight that share a scale. Raises ModelError if there is no file, or one
@@ -23,7 +24,8 @@ class SafetensorsReader:
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise ModelError(f"{folder}: there are no .safetensors files in it")
-        self._folder, self._dtype, self._device = folder, dtype, device
+        self._folder = folder
+        self.dtype, self.device = dtype, device
         self._file_of: dict[str, Any] = {}
         for path in paths:
             try:
@@ -32,34 +34,44 @@ class SafetensorsReader:
                 raise ModelError(f"{path}: is not a readable safetensors file: {error}") from error
             self._file_of.update(dict.fromkeys(file.keys(), file))
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None, part: Part = WHOLE
+    ) -> torch.Tensor:
         """See `WeightSource`. Raises ModelError if the tensor is absent or has another shape."""
-        stored = self._read(name)
-        if tuple(stored.shape) != shape:
+        stored = self._file(name).get_slice(name)
+        if tuple(stored.get_shape()) != shape:
             raise ModelError(
-                f"{self._folder}: {name} has shape {list(stored.shape)}, config.json makes it {list(shape)}"
+                f"{self._folder}: {name} has shape {stored.get_shape()}, config.json makes it {list(shape)}"
             )
-        if stored.dtype == torch.int8:
-            stored = _dequantised(stored, self._read(name + "_scale"))
-        elif stored.dtype == torch.float8_e4m3fn:
-            stored = _block_dequantised(stored, self._read(name + "_scale_inv"), self._block)
-        return stored.to(self._device, dtype or self._dtype)
+        pieces = [self._piece(name, stored, rows, columns) for rows, columns in part.runs(shape)]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.device, dtype or self.dtype)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _piece(self, name: str, stored: Any, rows: range, columns: range | None) -> torch.Tensor:
+        if columns is None:
+            piece: torch.Tensor = stored[rows.start : rows.stop]
+            return piece
+        piece = stored[rows.start : rows.stop, columns.start : columns.stop]
+        if piece.dtype == torch.int8:
+            return _dequantised(piece, self._scale(name + "_scale").reshape(-1, 1)[rows.start : rows.stop])
+        if piece.dtype == torch.float8_e4m3fn:
+            # Each block of the weight has a scale; blocks may be cut, by the tensor's end or by the part's.
+            scales = self._scale(name + "_scale_inv")
+            of_rows = torch.arange(rows.start, rows.stop) // self._block[0]
+            of_columns = torch.arange(columns.start, columns.stop) // self._block[1]
+            return _dequantised(piece, scales[of_rows][:, of_columns])
+        return piece
+
+    def _scale(self, name: str) -> torch.Tensor:
+        scale: torch.Tensor = self._file(name).get_tensor(name)
+        return scale.to(torch.float32)
+
+    def _file(self, name: str) -> Any:
         file = self._file_of.get(name)
         if file is None:
             raise ModelError(f"{self._folder}: no tensor {name} in its .safetensors files")
-        tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-
-def _block_dequantised(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """fp8 as DeepSeek-V3 ships it: each block of the weight times its scale. Blocks at the edges may be cut."""
-    rows, columns = weight.shape
-    scales = scale.to(torch.float32).repeat_interleave(block[0], 0)[:rows]
-    return weight.to(torch.float32) * scales.repeat_interleave(block[1], 1)[:, :columns]
+        return file
 
 
 def _dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8_per_channel: row r of the weight is its int8 row times scale[r]."""
-    return weight.to(torch.float32) * scale.to(torch.float32).reshape(-1, 1)
+    """Each number times the scale at its place."""
+    return weight.to(torch.float32) * scale

@@ -2,20 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a tensor a rank wants. None: all of that dimension."""
+
+    rows: tuple[range, ...] | None = None
+    """One after the other; a run may stand twice."""
+    columns: range | None = None
+
+    @classmethod
+    def of_rows(cls, *rows: range) -> Part:
+        return cls(rows=rows)
+
+    @classmethod
+    def of_heads(cls, heads: Sequence[int], dim: int) -> Part:
+        """The `dim` rows of each of `heads`."""
+        return cls(rows=tuple(range(head * dim, (head + 1) * dim) for head in heads))
+
+    def runs(self, shape: tuple[int, ...]) -> list[tuple[range, range | None]]:
+        """The rows of each piece, and its columns, in a tensor of `shape`."""
+        rows = (range(shape[0]),) if self.rows is None else self.rows
+        if len(shape) == 1:
+            return [(run, None) for run in rows]
+        columns = range(shape[1]) if self.columns is None else self.columns
+        return [(run, columns) for run in rows]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of what is wanted, in a tensor of `shape`."""
+        runs = self.runs(shape)
+        columns = runs[0][1]
+        rows = sum(len(run) for run, _ in runs)
+        return (rows,) if columns is None else (rows, len(columns), *shape[2:])
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part, of a whole tensor; itself if nothing is left out."""
+        if self == WHOLE:
+            return tensor
+        pieces = [
+            tensor[run.start : run.stop]
+            if columns is None
+            else tensor[run.start : run.stop, columns.start : columns.stop]
+            for run, columns in self.runs(tuple(tensor.shape))
+        ]
+        # A copy, so that what was left out can be freed.
+        return torch.cat(pieces)
+
+
+WHOLE = Part()
 
 
 class WeightSource(Protocol):
     """Named tensors in the dtype and on the device the engine runs with.
 
     A layer names what it needs and the shape it expects, so a checkpoint that contradicts its config.json is refused by
-    the layer's own words. Sharded layers will ask for a range of rows or columns here.
+    the layer's own words.
     """
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor `name`; `dtype`: not the engine's. Raises ModelError if it is absent or of another shape."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None, part: Part = WHOLE
+    ) -> torch.Tensor:
+        """`part` of the tensor `name`, which as a whole has `shape`; only the part is read. `dtype`: not the engine's.
+
+        Raises ModelError if it is absent or of another shape.
+        """
         ...
 
 
@@ -24,10 +85,12 @@ class MeasuredWeights:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.num_bytes = 0
-        self._dtype = dtype
+        self.dtype, self.device = dtype, torch.device("meta")
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None, part: Part = WHOLE
+    ) -> torch.Tensor:
         del name
-        tensor = torch.empty(shape, dtype=dtype or self._dtype, device="meta")
+        tensor = torch.empty(part.shape(shape), dtype=dtype or self.dtype, device="meta")
         self.num_bytes += tensor.nbytes
         return tensor

@@ -1,0 +1,114 @@
+"""Who has what: coordinates, groups, shares, and a plan on its way to other ranks. No torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from warmroute_worker.step_plan import LogitChanges, SamplingColumns, StepPlan
+from warmroute_worker.topology import Layout, kv_heads, share
+from warmroute_worker.watchdog import Watchdog
+
+layouts = st.builds(Layout, tp_size=st.integers(1, 8), pp_size=st.integers(1, 8))
+
+
+@given(layouts)
+def test_each_rank_is_in_one_group_of_each_kind(layout: Layout) -> None:
+    groups = layout.groups()
+    assert len({name for name, *_ in groups}) == len(groups)
+    tensor_groups = [members for name, members, *_ in groups if name.startswith("tp of")]
+    assert sorted(rank for members in tensor_groups for rank in members) == list(range(layout.world_size))
+    for rank in range(layout.world_size):
+        place = layout.place(rank)
+        assert rank == place.pp_rank * layout.tp_size + place.tp_rank
+        assert rank in tensor_groups[place.pp_rank]
+        neighbours = [members for name, members, *_ in groups if " to " in name and rank in members]
+        assert len(neighbours) == (not place.is_first_stage) + (not place.is_last_stage)
+        assert all(abs(a - b) == layout.tp_size for a, b in neighbours)
+    with pytest.raises(ValueError, match="there is no rank"):
+        layout.place(layout.world_size)
+
+
+@given(st.integers(0, 1000), st.integers(1, 9))
+def test_shares_are_everything_once(total: int, size: int) -> None:
+    shares = [share(total, rank, size) for rank in range(size)]
+    assert [number for run in shares for number in run] == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 6))
+def test_every_query_head_finds_its_kv_head(groups: int, per_group: int, size: int) -> None:
+    heads = groups * per_group * size  # some multiple of both
+    num_kv_heads = groups * size
+    for rank in range(size):
+        cached = kv_heads(heads, num_kv_heads, rank, size)
+        own = share(heads, rank, size)
+        run = len(own) // len(cached)
+        assert [cached[index // run] for index in range(len(own))] == [h * num_kv_heads // heads for h in own]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "size", "expected"),
+    [
+        (8, 4, 2, [[0, 1], [2, 3]]),
+        (8, 2, 4, [[0], [0], [1], [1]]),
+        (6, 3, 2, [[0, 0, 1], [1, 2, 2]]),
+        (8, 8, 1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_kv_heads_are_divided_shared_or_cut(heads: int, kv: int, size: int, expected: list[list[int]]) -> None:
+    assert [kv_heads(heads, kv, rank, size) for rank in range(size)] == expected
+
+
+@given(st.integers(0, 5), st.integers(0, 3), st.integers(0, 4))
+def test_a_plan_arrives_as_it_was_sent(sequences: int, changes: int, updates: int) -> None:
+    draw = np.random.default_rng(sequences * 100 + changes * 10 + updates)
+
+    def numbers(count: int, dtype: type[np.generic]) -> np.ndarray:
+        return draw.integers(0, 100, count).astype(dtype)
+
+    def logit_changes() -> LogitChanges:
+        return LogitChanges(numbers(changes, np.int64), numbers(changes, np.int64), numbers(changes, np.float32))
+
+    plan = StepPlan(
+        rows=numbers(sequences, np.int32),
+        starts=numbers(sequences, np.int32),
+        lengths=numbers(sequences, np.int32),
+        token_ids=numbers(3 * sequences, np.int64),
+        sampled=numbers(sequences, np.bool_),
+        sampling=SamplingColumns(
+            temperatures=numbers(sequences, np.float32),
+            top_ks=numbers(sequences, np.int32),
+            top_ps=numbers(sequences, np.float32),
+            min_ps=numbers(sequences, np.float32),
+            seeds=numbers(sequences, np.uint64) + np.uint64(1 << 63),
+            positions=numbers(sequences, np.int64),
+            logprobs=numbers(sequences, np.int32),
+            scaled=logit_changes(),
+            added=logit_changes(),
+        ),
+        page_updates=numbers(3 * updates, np.int32).reshape(-1, 3),
+    )
+    arrived = StepPlan.decode(plan.encode())
+    sent_columns, columns = plan._columns(), arrived._columns()
+    for name, column in sent_columns.items():
+        if isinstance(column, np.ndarray):
+            assert columns[name].dtype == column.dtype, name
+            assert columns[name].shape == column.shape, name
+            assert (columns[name] == column).all(), name
+
+
+def test_the_watchdog_names_who_stands_still() -> None:
+    watchdog = Watchdog(Layout(tp_size=2), timeout=4.0)
+    assert watchdog.interval == 1.0
+
+    def look(first: int, second: int, now: float) -> str | None:
+        return watchdog.observe([{"heartbeat": first, "pid": 10}, {"heartbeat": second, "pid": 11}], now)
+
+    assert look(0, 0, 100.0) is None
+    assert look(1, 1, 101.0) is None
+    assert look(2, 1, 104.9) is None
+    assert look(3, 1, 105.0) == "rank 1 (tp 1), pid 11, has shown no life for 4 s (--watchdog-timeout)"
+    assert look(3, 2, 106.0) is None

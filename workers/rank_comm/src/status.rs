@@ -1,0 +1,124 @@
+//! What a rank tells everybody about itself: numbers that it alone writes and anybody may read at any time.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Kinds of collectives, in the order of their counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Op {
+    /// Everybody gets the sum of all.
+    AllReduce,
+    /// One, or everybody, gets the parts of all.
+    Gather,
+    /// Everybody gets what one has.
+    Broadcast,
+    /// Nothing but waiting for each other.
+    Barrier,
+}
+
+impl Op {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::AllReduce, Self::Gather, Self::Broadcast, Self::Barrier];
+
+    /// As metrics spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AllReduce => "all_reduce",
+            Self::Gather => "gather",
+            Self::Broadcast => "broadcast",
+            Self::Barrier => "barrier",
+        }
+    }
+}
+
+/// Numbers of a rank that are not a collective's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Counter {
+    /// Process id; 0: it has not begun.
+    Pid,
+    /// Grows as long as the rank is alive, whether it computes, waits or is idle.
+    Heartbeat,
+    /// Steps computed.
+    Steps,
+    /// Nanoseconds spent in steps, waiting for others not included.
+    BusyNs,
+    /// Nanoseconds in collectives, waiting included.
+    CommNs,
+    /// Bytes of weights this rank holds.
+    WeightBytes,
+    /// Bytes of its KV pool.
+    PoolBytes,
+    /// Bytes that it wrote into its slots: what the collectives really moved.
+    SlotBytes,
+}
+
+impl Counter {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Pid,
+        Self::Heartbeat,
+        Self::Steps,
+        Self::BusyNs,
+        Self::CommNs,
+        Self::WeightBytes,
+        Self::PoolBytes,
+        Self::SlotBytes,
+    ];
+
+    /// As metrics spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pid => "pid",
+            Self::Heartbeat => "heartbeat",
+            Self::Steps => "steps",
+            Self::BusyNs => "busy_ns",
+            Self::CommNs => "comm_ns",
+            Self::WeightBytes => "weight_bytes",
+            Self::PoolBytes => "pool_bytes",
+            Self::SlotBytes => "slot_bytes",
+        }
+    }
+}
+
+const FIRST_OP: usize = Counter::ALL.len();
+pub(crate) const STATUS_WORDS: usize = 32;
+const _: () = assert!(FIRST_OP + 2 * Op::ALL.len() <= STATUS_WORDS);
+
+/// One rank's block.
+#[derive(Clone, Copy)]
+pub struct RankStatus<'a>(pub(crate) &'a [AtomicU64]);
+
+impl RankStatus<'_> {
+    /// The number as it stands.
+    #[must_use]
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.0[counter as usize].load(Ordering::Relaxed)
+    }
+
+    /// By its owner only.
+    pub fn set(&self, counter: Counter, value: u64) {
+        self.0[counter as usize].store(value, Ordering::Relaxed);
+    }
+
+    /// By its owner only: one writer, so a load and a store are enough.
+    pub fn add(&self, counter: Counter, value: u64) {
+        self.set(counter, self.get(counter).wrapping_add(value));
+    }
+
+    /// How often `op` was done, and how many bytes were given to it: of an all-reduce, the size of the vector.
+    #[must_use]
+    pub fn op(&self, op: Op) -> (u64, u64) {
+        let at = FIRST_OP + 2 * op as usize;
+        (self.0[at].load(Ordering::Relaxed), self.0[at + 1].load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn count_op(&self, op: Op, bytes: u64) {
+        let at = FIRST_OP + 2 * op as usize;
+        let (calls, total) = self.op(op);
+        self.0[at].store(calls + 1, Ordering::Relaxed);
+        self.0[at + 1].store(total + bytes, Ordering::Relaxed);
+    }
+}

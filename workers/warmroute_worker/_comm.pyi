@@ -1,0 +1,73 @@
+"""Collectives of ranks on one host through shared memory: `workers/rank_comm`, in Rust.
+
+Vectors are given by address and size in bytes: they must be contiguous and must not be used by anybody else during the
+call. A call returns when its operation is done; the GIL is free meanwhile.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias, final
+
+__all__ = ["CollectiveError", "Group", "Region"]
+
+_GroupPlan: TypeAlias = tuple[str, Sequence[int], int, int]
+"""Name, ranks, slots of each rank (2, 4, 8 or 16), bytes of a slot (a multiple of 64)."""
+
+class CollectiveError(RuntimeError):
+    """The ranks have stopped, or stop now; the message is one line that says why."""
+
+@final
+class Region:
+    """A mapping of the memory that all ranks share."""
+
+    def __new__(cls, fd: int, ranks: int, groups: Sequence[_GroupPlan]) -> Region:
+        """Maps what `memory_file` made for the same ranks and groups. `fd` stays the caller's. Raises OSError."""
+
+    @staticmethod
+    def memory_file(ranks: int, groups: Sequence[_GroupPlan]) -> int:
+        """A descriptor, inherited by children, of new memory: zero, without a name, gone with its last user."""
+
+    def abort(self, text: str) -> None:
+        """Every collective, also those that wait already, ends with this text; of several callers the first counts."""
+
+    def aborted(self) -> str | None:
+        """Why the ranks stop, if they do."""
+
+    def status(self, rank: int) -> dict[str, int]:
+        """What a rank says of itself: pid, heartbeat, steps, busy_ns, comm_ns, weight_bytes, pool_bytes, slot_bytes;
+        of each operation the number of calls and the bytes given to it (`all_reduce_calls`, `all_reduce_bytes` ...)."""
+
+    def get(self, rank: int, counter: str) -> int:
+        """One of the numbers of `status`, without the operations."""
+
+    def set(self, rank: int, counter: str, value: int) -> None:
+        """By the rank itself only."""
+
+    def add(self, rank: int, counter: str, value: int) -> None:
+        """By the rank itself only."""
+
+    def group(self, index: int, rank: int, spin_us: int, deadline: float, two_stage_from: int | None) -> Group:
+        """`rank`'s end of the group at `index`, in which it is awake for `spin_us` before it sleeps, and gives up on
+        others after `deadline` seconds. Vectors of `two_stage_from` bytes and more are summed in two stages."""
+
+@final
+class Group:
+    """Members are numbered by their place in the group. All must call the same operations in the same order.
+
+    All methods raise CollectiveError.
+    """
+
+    def all_reduce(self, address: int, num_bytes: int, dtype: str) -> None:
+        """The vector becomes the sum of all members', taken in their order: the same bits everywhere.
+        `dtype`: float32, bfloat16 or float16."""
+
+    def gather(self, address: int, sizes: Sequence[int], place: int, root: int | None, out: int | None) -> None:
+        """At `root` (None: everywhere) `out` gets the parts of all members, of `sizes[member]` bytes. `place`: ours."""
+
+    def broadcast(self, address: int, num_bytes: int, root: int) -> None:
+        """The vector becomes what it is at `root`."""
+
+    def message(self, message: bytes | None, root: int) -> bytes:
+        """What `root` gives; None elsewhere, where this waits as long as it takes."""
+
+    def barrier(self) -> None:
+        """Returns when all members have called it."""

@@ -1,0 +1,151 @@
+"""Everything that connects one rank with the others: its tensor group, the plans, its neighbours, and what it tells.
+
+For a worker of one rank all of it is empty, so that nothing above has to ask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from warmroute_worker._comm import CollectiveError, Region
+from warmroute_worker.comm.tensor_group import Alone, SharedMemoryGroup
+
+if TYPE_CHECKING:
+    import torch
+
+    from warmroute_worker._comm import Group
+    from warmroute_worker.comm.tensor_group import TensorGroup
+    from warmroute_worker.topology import Layout, Place
+
+__all__ = ["CollectiveError", "RankLinks"]
+
+SPIN_US = 500
+"""How long a rank waits awake before it sleeps, where each rank has a core; after the first 20 us it lets others go
+first. With 50 us, which the gap between two steps exceeds, a step of 2 ranks took 0.3 to 0.6 ms longer
+(bench/bench_ranks.py)."""
+
+
+class RankLinks:
+    """Use on one thread. Calls that wait raise CollectiveError when a rank is gone or does not come in time."""
+
+    def __init__(
+        self, place: Place, region: Region | None, timeout: float, cores: int, torch_backend: str | None = None
+    ) -> None:
+        """`region`: None for one rank without anybody who watches. `timeout`: seconds within which others must come.
+
+        `torch_backend`: gloo or nccl, to add up over torch.distributed instead of through shared memory.
+        """
+        self.place, self._region = place, region
+        layout = place.layout
+        self._spin_us = SPIN_US if layout.world_size <= cores else 0
+        self._timeout = timeout
+        self.group: TensorGroup = Alone()
+        self._plans = self._before = self._after = self._tokens = None
+        if region is None:
+            assert layout.world_size == 1
+            return
+        if layout.world_size > 1:
+            self._plans = self._open("plans")
+        if layout.tp_size > 1 and torch_backend is not None:
+            self.group = self._torch_group(torch_backend)
+        elif layout.tp_size > 1:
+            stage = self._open(f"tp of stage {place.pp_rank}")
+            self.group = SharedMemoryGroup(stage, place.tp_rank, layout.tp_size)
+        if not place.is_first_stage:
+            self._before = self._open(f"stage {place.pp_rank - 1} to {place.pp_rank}, tp {place.tp_rank}")
+        if not place.is_last_stage:
+            self._after = self._open(f"stage {place.pp_rank} to {place.pp_rank + 1}, tp {place.tp_rank}")
+        if layout.pp_size > 1 and (place.rank == 0 or place.samples):
+            self._tokens = self._open("tokens")
+
+    def _open(self, name: str) -> Group:
+        assert self._region is not None
+        index = self.place.layout.group_index(name)
+        return self._region.group(index, self.place.rank, self._spin_us, self._timeout, None)
+
+    def _torch_group(self, backend: str) -> TensorGroup:
+        """The driver chooses a port; everybody joins it there, within the time-out."""
+        from warmroute_worker.comm import torch_groups
+
+        layout, rank = self.place.layout, self.place.rank
+        store = torch_groups.serve(layout.world_size, self._timeout) if rank == 0 else None
+        port = int(self.exchange("" if store is None else str(store.port))[0])
+        store = store or torch_groups.join(port, layout.world_size, self._timeout)
+        stages = [layout.stage(pp_rank) for pp_rank in range(layout.pp_size)]
+        return torch_groups.connect(store, backend, rank, layout.world_size, stages, self._timeout)
+
+    def exchange(self, text: str) -> list[str]:
+        """What every rank says, by rank; all must say something."""
+        if self._plans is None:
+            return [text]
+        # This one has a deadline; messages have none.
+        self._plans.barrier()
+        own = text.encode()
+        ranks = range(self.place.layout.world_size)
+        return [self._plans.message(own if rank == self.place.rank else None, rank).decode() for rank in ranks]
+
+    def send_plan(self, data: bytes) -> None:
+        if self._plans is not None:
+            self._plans.message(data, 0)
+
+    def take_plan(self) -> bytes:
+        """The driver's next plan, after however long."""
+        assert self._plans is not None
+        return self._plans.message(None, 0)
+
+    def hand_on(self, x: torch.Tensor) -> None:
+        """Vectors for the next stage."""
+        assert self._after is not None
+        host = x.contiguous().cpu()
+        self._after.broadcast(host.data_ptr(), host.nbytes, 0)
+
+    def take(self, x: torch.Tensor) -> None:
+        """Fill `x` with what the stage before hands on."""
+        assert self._before is not None
+        host = x if x.device.type == "cpu" else x.cpu()
+        self._before.broadcast(host.data_ptr(), host.nbytes, 0)
+        if host is not x:
+            x.copy_(host)
+
+    def send_tokens(self, data: bytes) -> None:
+        assert self._tokens is not None
+        self._tokens.message(data, 1)
+
+    def take_tokens(self) -> bytes:
+        assert self._tokens is not None
+        return self._tokens.message(None, 1)
+
+    @property
+    def comm_ns(self) -> int:
+        """Nanoseconds spent in collectives so far."""
+        return 0 if self._region is None else self._region.get(self.place.rank, "comm_ns")
+
+    def say(self, **numbers: int) -> None:
+        """Facts about this rank, for whoever looks."""
+        if self._region is not None:
+            for name, value in numbers.items():
+                self._region.set(self.place.rank, name, value)
+
+    def stepped(self, busy_ns: int) -> None:
+        if self._region is not None:
+            self._region.add(self.place.rank, "steps", 1)
+            self._region.add(self.place.rank, "busy_ns", busy_ns)
+            self.beat()
+
+    def beat(self) -> None:
+        """Show that this rank lives. Raises CollectiveError when the ranks are to stop."""
+        if self._region is not None:
+            self._region.add(self.place.rank, "heartbeat", 1)
+            reason = self._region.aborted()
+            if reason is not None:
+                raise CollectiveError(reason)
+
+    def abort(self, reason: str) -> None:
+        """Stop all ranks, for this reason if there is none yet."""
+        if self._region is not None:
+            self._region.abort(reason)
+
+
+def alone(layout: Layout) -> RankLinks:
+    """The links of the only rank, watched by nobody."""
+    return RankLinks(layout.place(0), None, 0.0, 1)

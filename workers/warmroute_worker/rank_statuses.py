@@ -1,0 +1,31 @@
+"""What the ranks say of themselves, read from the memory they share: nobody is asked, nobody is disturbed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from warmroute_worker._comm import Region
+    from warmroute_worker.topology import Layout
+
+OPERATIONS = ("all_reduce", "gather", "broadcast", "barrier")
+
+
+class RankStatuses:
+    """For whoever only looks."""
+
+    def __init__(self, layout: Layout, region: Region) -> None:
+        self._layout, self._region = layout, region
+
+    def read(self) -> list[dict[str, Any]]:
+        """By rank: its coordinates, what it holds, what it did. Bytes of an all-reduce: of vectors, not of slots."""
+        ranks = []
+        for rank in range(self._layout.world_size):
+            place, status = self._layout.place(rank), self._region.status(rank)
+            collectives = {
+                op: {"calls": status.pop(f"{op}_calls"), "bytes": status.pop(f"{op}_bytes")} for op in OPERATIONS
+            }
+            ranks.append(
+                {"rank": rank, "tp_rank": place.tp_rank, "pp_rank": place.pp_rank, **status, "collectives": collectives}
+            )
+        return ranks
