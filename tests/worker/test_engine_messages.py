@@ -17,6 +17,7 @@ from warmroute_worker.messages import (
     FlushResult,
     FrameReader,
     Generate,
+    KvEvents,
     Load,
     Message,
     Ready,
@@ -60,6 +61,7 @@ EVERY_KIND: list[Message] = [
         ],
         Load(1, 2, 3, 4, 5, 6, 7, 8, 9),
     ),
+    KvEvents([["BlockStored", [1 << 62], None, [1, 2], 2, None, "CPU"], ["AllBlocksCleared"]]),
     FlushResult(7, False, "2 requests are running"),
 ]
 

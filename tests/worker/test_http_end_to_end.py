@@ -301,3 +301,31 @@ def test_an_engine_that_cannot_start_says_why_in_one_line(
         assert worker.wait(60) == 1
     assert len(worker.stderr) == 1, worker.stderr
     assert said in worker.stderr[0]
+
+
+def test_the_events_of_the_cache_are_what_answers_find(model: Model, client: httpx.Client) -> None:
+    """A follower that knows no more than the events predicts `cached_tokens` to the page."""
+    start = client.get("/kv_events/snapshot").json()
+    assert start["blocks"] == []
+    prompt = model.prompts[-1]
+    greedy(client, prompt)
+    deadline = time.monotonic() + 5
+    known: dict[tuple[int | None, tuple[int, ...]], int] = {}
+    number = start["next"]
+    while len(known) < (len(prompt) + NEW_TOKENS - 1) // 16:
+        assert time.monotonic() < deadline
+        answer = client.get(f"/kv_events?from={number}&timeout=1").json()
+        number = answer["next"]
+        for event in (event for batch in answer["batches"] for event in batch["events"]):
+            assert event["type"] == "BlockStored"
+            parent, tokens = event["parent_block_hash"], event["token_ids"]
+            for index, own in enumerate(event["block_hashes"]):
+                known[parent, tuple(tokens[index * 16 : (index + 1) * 16])] = own
+                parent = own
+    parent, found = None, 0
+    while (own := known.get((parent, tuple(prompt[found : found + 16])))) is not None:
+        parent, found = own, found + 16
+    assert greedy(client, prompt)["meta_info"]["cached_tokens"] == min(found, (len(prompt) - 1) // 16 * 16) > 0
+    client.post("/flush_cache").raise_for_status()
+    [batch] = client.get(f"/kv_events?from={number}&timeout=2").json()["batches"]
+    assert [event["type"] for event in batch["events"]] == ["AllBlocksCleared"]

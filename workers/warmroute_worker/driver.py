@@ -14,6 +14,7 @@ from warmroute_worker.messages import (
     Flush,
     FrameReader,
     Generate,
+    KvEvents,
     Message,
     Shutdown,
     encode,
@@ -100,6 +101,8 @@ def serve(link: Link, engine: Engine, links: RankLinks) -> int:
             _deliver(message, engine, link)
         if not engine.is_idle:
             link.send(engine.step())
+        if events := engine.cache_events.drain():
+            link.send(KvEvents(events))
     engine.close()
     return 0
 

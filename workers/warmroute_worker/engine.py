@@ -8,6 +8,7 @@ from warmroute_worker import model_config, model_folder
 from warmroute_worker.comm import rank_links
 from warmroute_worker.executor import ranks
 from warmroute_worker.kv.cache import KvCache
+from warmroute_worker.kv.events import CacheEvents
 from warmroute_worker.messages import Ready
 from warmroute_worker.scheduler.scheduler import Limits, Scheduler
 
@@ -27,7 +28,8 @@ class Engine:
     def __init__(self, executor: Executor, config: ModelConfig, args: WorkerArgs) -> None:
         facts = executor.facts
         self.executor = executor
-        self.cache = KvCache(facts.num_pages)
+        self.cache_events = CacheEvents(args.page_size, "CPU" if facts.device == "cpu" else "GPU")
+        self.cache = KvCache(facts.num_pages, self.cache_events)
         limits = Limits(
             context_length=facts.context_length,
             vocab_size=config.vocab_size,

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from warmroute_worker import messages
+from warmroute_worker.kv_event_log import KvEventLog
 
 if TYPE_CHECKING:
     from warmroute_worker.metrics import Metrics
@@ -37,6 +38,7 @@ class EngineClient(asyncio.Protocol):
         """Whether `failure` is what the driver said; else it died without a word, and only its parent knows how."""
         self.facts: messages.Ready | None = None
         self.load: messages.Load | None = None
+        self.kv_events = KvEventLog()
         self.live: dict[str, RequestState] = {}
         self.idle = asyncio.Event()
         """Set while `live` is empty."""
@@ -117,6 +119,8 @@ class EngineClient(asyncio.Protocol):
                 case messages.Failed():
                     self.failed_with_words = True
                     self._lost(message.message)
+                case messages.KvEvents():
+                    self.kv_events.append(message.events)
                 case messages.FlushResult():
                     waiting = self._flushes.get(message.id)
                     if waiting is not None and not waiting.done():

@@ -158,16 +158,23 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class KvEvents:
+    """What the prefix cache gained and lost since the last such message; see `kv.events.CacheEvents`."""
+
+    events: list[list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class FlushResult:
     id: int
     ok: bool
     message: str
 
 
-Message = Generate | Abort | Flush | Shutdown | Ready | Failed | StepOutput | FlushResult
+Message = Generate | Abort | Flush | Shutdown | Ready | Failed | StepOutput | KvEvents | FlushResult
 
 _CLASSES: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (Generate, Abort, Flush, Shutdown, Ready, Failed, StepOutput, FlushResult)
+    cls.__name__: cls for cls in (Generate, Abort, Flush, Shutdown, Ready, Failed, StepOutput, KvEvents, FlushResult)
 }
 _LENGTH = struct.Struct("<I")
 

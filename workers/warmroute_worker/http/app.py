@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from warmroute_worker.http import admin, native, openai
+from warmroute_worker.http import admin, kv_events, native, openai
 from warmroute_worker.http.errors import ApiError, ErrorCode
 from warmroute_worker.http.service import SERVICE
 
@@ -48,6 +48,8 @@ def make_app(service: Service) -> web.Application:
             web.post("/flush_cache", admin.flush_cache),
             web.get("/metrics", admin.metrics),
             web.get("/debug/ranks", admin.ranks),
+            web.get("/kv_events", kv_events.kv_events),
+            web.get("/kv_events/snapshot", kv_events.snapshot),
         ]
     )
     return app

@@ -15,6 +15,7 @@ class ErrorCode(enum.Enum):
     CONTEXT_LENGTH_EXCEEDED = ("context_length_exceeded", 400, "invalid_request_error", None)
     BUSY = ("busy", 400, "invalid_request_error", None)
     NOT_FOUND = ("not_found", 404, "invalid_request_error", None)
+    GONE = ("gone", 410, "invalid_request_error", None)
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "invalid_request_error", None)
     TOO_LARGE = ("too_large", 413, "invalid_request_error", None)
     INTERNAL = ("internal", 500, "server_error", None)

@@ -13,6 +13,8 @@ from warmroute_worker.kv.radix import Match, Node, PageKey, RadixCache
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from warmroute_worker.kv.events import CacheEvents
+
 
 class PageLease:
     """The pages of one running request, in the order of its tokens.
@@ -31,11 +33,11 @@ class PageLease:
 class KvCache:
     """Leases pages to requests and caches what they leave, evicting as need be."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, events: CacheEvents | None = None) -> None:
         self.num_pages = num_pages
         self.evicted_pages_total = 0
         self._allocator = PageAllocator(num_pages)
-        self._radix = RadixCache()
+        self._radix = RadixCache(events)
         self._leases: set[PageLease] = set()
         self._num_private = 0
 

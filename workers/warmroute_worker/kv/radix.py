@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from warmroute_worker.kv.events import CacheEvents
+
 PageKey = tuple[int, ...]
 """The page_size tokens of one full page."""
 
@@ -48,7 +50,9 @@ class Match(NamedTuple):
 class RadixCache:
     """Finds, keeps and evicts pages by the tokens they hold. Knows nothing of who allocates pages or of requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, events: CacheEvents | None = None) -> None:
+        """`events`: is told what is cached and what no more."""
+        self._events = events
         self._serial = 0
         self._now = 0
         self._heap: list[tuple[int, int, Node]] = []
@@ -98,6 +102,8 @@ class RadixCache:
         if depth < len(keys):
             leaf = self._new_node(node, list(keys[depth:]), list(pages[depth:]))
             node.children[keys[depth]] = leaf
+            if self._events is not None:
+                self._events.stored(node.pages[-1] if node.pages else None, leaf.keys, leaf.pages)
             self._num_nodes += 1
             self.num_pages += len(leaf.pages)
             self._touch(leaf)
@@ -139,6 +145,8 @@ class RadixCache:
                 evicted += leaf.pages
                 self.num_pages -= len(leaf.pages)
                 self._remove(leaf)
+        if self._events is not None and evicted:
+            self._events.removed(evicted)
         return evicted
 
     def nodes(self) -> Iterator[Node]:

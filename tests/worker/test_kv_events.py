@@ -1,0 +1,147 @@
+"""The events of the prefix cache: who replays them has what is cached, exactly."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.worker.byte_model import write_folder
+from tests.worker.http_fixtures import running_app
+from warmroute_worker import kv_event_log, messages
+from warmroute_worker.kv.cache import KvCache, PageLease
+from warmroute_worker.kv.events import CacheEvents, block_hash
+from warmroute_worker.kv_event_log import KvEventLog
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from warmroute_worker.kv.radix import PageKey
+
+PAGE = 4
+
+
+def cached(cache: KvCache) -> dict[int, tuple[int | None, list[int]]]:
+    """What is in the tree, as a follower should have it: hash -> (parent's hash, tokens)."""
+    found: dict[int, tuple[int | None, list[int]]] = {}
+    stack: list[tuple[Any, int | None]] = [(cache._radix.root, None)]
+    while stack:
+        node, parent = stack.pop()
+        for key in node.keys:
+            own = block_hash(parent, key)
+            found[own] = (parent, list(key))
+            parent = own
+        stack += [(child, parent) for child in node.children.values()]
+    return found
+
+
+def followed(log: KvEventLog) -> dict[int, tuple[int | None, list[int]]]:
+    return {block["block_hash"]: (block["parent_block_hash"], block["token_ids"]) for block in log.snapshot()}
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_replaying_the_events_gives_the_cache(seed: int) -> None:
+    """Requests that share prefixes come and go, pages run out, the cache is flushed."""
+    draw = random.Random(seed)
+    events = CacheEvents(PAGE, "CPU")
+    cache, log = KvCache(24, events), KvEventLog()
+    leases: list[tuple[PageLease, list[PageKey]]] = []
+    kinds: set[str] = set()
+    for _ in range(600):
+        choice = draw.random()
+        if choice < 0.5:
+            keys: list[PageKey] = [(draw.randrange(2), depth, 7, 7) for depth in range(draw.randrange(1, 8))]
+            lease = cache.acquire(cache.match(keys), len(keys))
+            if lease is not None:
+                leases.append((lease, keys))
+        elif choice < 0.7 and leases:
+            lease, keys = draw.choice(leases)
+            cache.publish(lease, keys[: max(lease.num_shared, draw.randrange(len(keys) + 1))])
+        elif choice < 0.98 and leases:
+            lease, keys = leases.pop(draw.randrange(len(leases)))
+            cache.release(lease, keys)
+        elif choice >= 0.98:
+            cache.flush()
+        if batch := events.drain():
+            kinds |= {event[0] for event in batch}
+            log.append(batch)
+        assert followed(log) == cached(cache)
+    for lease, keys in leases:
+        cache.release(lease, keys)
+    log.append(events.drain())
+    cache.flush()
+    assert events.drain() == [["AllBlocksCleared"]]
+    assert kinds >= {"BlockStored", "BlockRemoved"}
+
+
+async def test_who_comes_later_replays_the_rest() -> None:
+    log, other = KvEventLog(), KvEventLog()
+    parent = None
+    for n in range(20):
+        own = block_hash(parent, [n] * PAGE)
+        log.append([["BlockStored", [own], parent, [n] * PAGE, PAGE, None, "CPU"]])
+        parent = own
+    for number, _, events in log.since(0):
+        assert number == other.next
+        other.append(events)
+    assert followed(other) == followed(log)
+    assert [number for number, *_ in log.since(17)] == [17, 18, 19]
+    assert next(iter(followed(log).values())) == (None, [0] * PAGE)
+
+
+def test_a_hash_is_of_all_tokens_before() -> None:
+    first = block_hash(None, [1, 2, 3, 4])
+    assert block_hash(None, [1, 2, 3, 4]) == first
+    assert len({first, block_hash(first, [1, 2, 3, 4]), block_hash(None, [4, 3, 2, 1])}) == 3
+    assert 0 <= first < 1 << 63
+
+
+async def test_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_event_log, "KEPT_BATCHES", 3)
+    async with running_app(write_folder(tmp_path)) as app:
+        log = app.service.engine.kv_events
+        log._batches = type(log._batches)(maxlen=3)
+        first, second = block_hash(None, [1, 2]), 77
+        app.service.engine.data_received(
+            messages.encode(messages.KvEvents([["BlockStored", [first], None, [1, 2], 2, None, "CPU"]]))
+        )
+        answer = (await app.client.get("/kv_events?from=0")).json()
+        assert answer["next"] == 1
+        assert answer["epoch"] == log.epoch
+        [batch] = answer["batches"]
+        assert (batch["seq"], batch["dp_rank"]) == (0, 0)
+        assert batch["ts"] > 1_700_000_000
+        assert batch["events"] == [
+            {
+                "type": "BlockStored",
+                "block_hashes": [first],
+                "parent_block_hash": None,
+                "token_ids": [1, 2],
+                "block_size": 2,
+                "lora_id": None,
+                "medium": "CPU",
+            }
+        ]
+        waiting = asyncio.create_task(app.client.get("/kv_events?from=1&timeout=20"))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        log.append([["BlockStored", [second], first, [3, 4], 2, None, "CPU"]])
+        assert (await waiting).json()["batches"][0]["seq"] == 1
+        log.append([["BlockRemoved", [second], "CPU"]])
+        removed = (await app.client.get("/kv_events?from=2")).json()["batches"][0]["events"]
+        assert removed == [{"type": "BlockRemoved", "block_hashes": [second], "medium": "CPU"}]
+        snapshot = (await app.client.get("/kv_events/snapshot")).json()
+        assert snapshot["next"] == 3
+        assert snapshot["blocks"] == [{"block_hash": first, "parent_block_hash": None, "token_ids": [1, 2]}]
+        log.append([["AllBlocksCleared"]])
+        assert (await app.client.get("/kv_events?from=3")).json()["batches"][0]["events"] == [
+            {"type": "AllBlocksCleared"}
+        ]
+        gone = await app.client.get("/kv_events?from=0")
+        assert (gone.status_code, gone.json()["error"]["code"]) == (410, "gone")
+        assert "1 to 4 are" in gone.json()["error"]["message"]
+        assert (await app.client.get("/kv_events?from=9")).status_code == 410
+        assert (await app.client.get("/kv_events?from=x")).status_code == 400
+        assert (await app.client.get("/kv_events?from=4")).json()["batches"] == []
