@@ -40,7 +40,7 @@ lint: setup-dev type ## formatting, lints, types; warnings are errors
 type: setup-dev ## mypy, and the extensions' stubs against the extensions
 	$(PY) -m mypy python workers tests bench scripts
 	MYPYPATH=python $(PY) -m mypy.stubtest --mypy-config-file pyproject.toml warmroute._core
-	MYPYPATH=workers $(PY) -m mypy.stubtest --mypy-config-file pyproject.toml warmroute_worker._comm
+	MYPYPATH=workers $(PY) -m mypy.stubtest --mypy-config-file pyproject.toml warmroute_worker._native
 
 format: setup-dev ## put everything in form
 	cargo fmt --all

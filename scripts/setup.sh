@@ -65,24 +65,25 @@ if ! fresh packages-dev "$key" && ! fresh "packages-$extras" "$key"; then
     .venv/bin/python scripts/requirements.py "$extras" >.venv/requirements.txt
     pip install -q -r .venv/requirements.txt
     echo "$key" >"$stamps/packages-$extras"
-    rm -f "$stamps/core" "$stamps/comm"
+    rm -f "$stamps/core" "$stamps/native"
 fi
 
-# $1: a stamp; $2: the distribution's folder; $3: what must be there afterwards; then the crate's folder
+# $1: a stamp; $2: the distribution's folder; $3: what must be there afterwards; then the folders of its crates
 build() {
-    stamp=$1 folder=$2 product=$3 crate=$4
-    sources=$(find "$crate" Cargo.toml Cargo.lock "$folder/pyproject.toml" -type f \
+    stamp=$1 folder=$2 product=$3
+    shift 3
+    sources=$(find "$@" Cargo.toml Cargo.lock "$folder/pyproject.toml" -type f \
         \( -name '*.rs' -o -name '*.toml' -o -name Cargo.lock \) -not -path '*/target/*' | sort)
     # shellcheck disable=SC2086  # one word per file: no path here holds a space
     key=$(digest $sources)
     # shellcheck disable=SC2086  # a pattern
     if ! fresh "$stamp" "$key" || ! ls $product >/dev/null 2>&1; then
-        say "building $crate (release; about a minute on 2 cores)"
+        say "building $1 (release; about a minute on 2 cores)"
         (cd "$folder" && PIP_QUIET=1 VIRTUAL_ENV="$root/.venv" "$root/.venv/bin/maturin" develop --release --quiet) ||
-            die "building $crate failed (see above)"
+            die "building $1 failed (see above)"
         echo "$key" >"$stamps/$stamp"
     fi
 }
 root=$PWD
 build core . 'python/warmroute/_core*.so' router_core
-build comm workers 'workers/warmroute_worker/_comm*.so' workers/rank_comm
+build native workers 'workers/warmroute_worker/_native*.so' workers/native workers/rank_comm workers/cpu_kernels

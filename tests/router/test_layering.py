@@ -141,10 +141,36 @@ def test_worker(module: str, path: Path) -> None:
 
 
 # From the command line down to the kernels; a module may import from its own part and from those behind it.
-WORKER_PARTS = ["launch_worker", "supervisor", "http", "driver", "engine", "scheduler", "executor", "models", "layers"]
+WORKER_PARTS = [
+    "launch_worker",
+    "supervisor",
+    "http",
+    "engine_process",
+    "offline",
+    "rank_process",
+    "driver",
+    "engine",
+    "scheduler",
+    "executor",
+    "models",
+    "layers",
+    "comm",
+    "topology",
+]
 # Only these may bring torch along. Arguments, messages, scheduler and KV bookkeeping are importable without it, and the
 # processes of HTTP and of the supervisor never load it.
-WITH_TORCH = ["driver", "engine", "executor", "models", "layers", "weights", "comm", "kv.pool"]
+WITH_TORCH = [
+    "offline",
+    "rank_process",
+    "driver",
+    "engine",
+    "executor",
+    "models",
+    "layers",
+    "weights",
+    "comm",
+    "kv.pool",
+]
 
 
 def part(module: str) -> str:

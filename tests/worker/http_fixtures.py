@@ -15,7 +15,7 @@ import httpx
 from aiohttp import web
 
 from tests.worker.fake_driver import FakeDriver
-from warmroute_worker._comm import Region
+from warmroute_worker._native import Region
 from warmroute_worker.args import WorkerArgs
 from warmroute_worker.engine_client import Phase
 from warmroute_worker.http.app import make_runner

@@ -22,6 +22,7 @@ from tests.worker.engine_fixtures import (
     run_all,
 )
 from warmroute_worker.executor.ranks import RankExecutor
+from warmroute_worker.layers import native
 from warmroute_worker.messages import Generate
 from warmroute_worker.scheduler.batch import step_plan
 
@@ -251,6 +252,13 @@ def _mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = PagedAttention._decodes
     monkeypatch.setattr(PagedAttention, "_decodes", lambda self, rows, num: real(self, rows, np.maximum(num - 1, 1)))
+    attend = native.attend
+
+    def wrong(*arguments: Any) -> torch.Tensor:
+        *others, seen = arguments
+        return attend(*others, seen._replace(visible=np.maximum(seen.visible - 1, 1)))
+
+    monkeypatch.setattr(native, "attend", wrong)
 
 
 def _chunk_sees_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,8 +356,13 @@ BUGS = {
 }
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["our kernels", "torch's"])
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs_change_tokens(reference: Reference, monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+def test_planted_bugs_change_tokens(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch, bug: str, kernels: bool
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(native, "usable", lambda dtype, device: False)
     BUGS[bug](monkeypatch)
     engine = load_engine(reference.folder, chunked_prefill_size=16)
     got = answers(greedy(engine, reference.prompts))

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from warmroute_worker._comm import Region
+from warmroute_worker._native import Region
 from warmroute_worker.args import WorkerArgs
 from warmroute_worker.child_process import die_with_parent, ending, leave_signals_to_parent
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from warmroute_worker import engine, rank_process
-from warmroute_worker._comm import Region
+from warmroute_worker._native import Region
 from warmroute_worker.args import WorkerArgs
 from warmroute_worker.child_process import die_with_parent
 from warmroute_worker.comm.rank_links import CollectiveError, RankLinks

@@ -22,7 +22,7 @@ from warmroute_worker.startup_error import StartupError
 if TYPE_CHECKING:
     import socket
 
-    from warmroute_worker._comm import Region
+    from warmroute_worker._native import Region
     from warmroute_worker.args import WorkerArgs
 
 log = logging.getLogger("warmroute_worker.rank")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from warmroute_worker._comm import Region
+    from warmroute_worker._native import Region
     from warmroute_worker.topology import Layout
 
 OPERATIONS = ("all_reduce", "gather", "broadcast", "barrier")

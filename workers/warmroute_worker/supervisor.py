@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 from warmroute_worker import model_config, model_folder
-from warmroute_worker._comm import Region
+from warmroute_worker._native import Region
 from warmroute_worker.lifecycle import Actions, Lifecycle, Part
 from warmroute_worker.startup_error import StartupError
 from warmroute_worker.watchdog import Watchdog

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 GroupPlan = tuple[str, tuple[int, ...], int, int]
-"""Name, ranks, slots of each rank, bytes of a slot: what `_comm.Region` is made from."""
+"""Name, ranks, slots of each rank, bytes of a slot: what `_native.Region` is made from."""
 
 PLAN_SLOT_BYTES = 64 << 10
 """A decode step of 256 requests is 10 KB of plan; longer ones take several operations."""

@@ -12,9 +12,6 @@ mod status;
 mod sum;
 mod wait;
 
-#[cfg(feature = "python")]
-mod python;
-
 pub use error::CommError;
 pub use group::{Group, GroupPlan};
 pub use region::Region;

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from warmroute_worker._comm import CollectiveError, Region
+from warmroute_worker._native import CollectiveError, Region
 from warmroute_worker.comm.tensor_group import Alone, SharedMemoryGroup
 
 if TYPE_CHECKING:
     import torch
 
-    from warmroute_worker._comm import Group
+    from warmroute_worker._native import Group
     from warmroute_worker.comm.tensor_group import TensorGroup
     from warmroute_worker.topology import Layout, Place
 

@@ -1,6 +1,6 @@
 """The ranks among which tensors are divided: one interface, whatever carries the numbers.
 
-`Alone` is a group of one. `SharedMemoryGroup` is for ranks on one host (`_comm`). `torch_groups.py` has gloo and NCCL.
+`Alone` is a group of one, `SharedMemoryGroup` is for ranks on one host; `torch_groups.py` has gloo and NCCL.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from warmroute_worker import topology
 
 if TYPE_CHECKING:
-    from warmroute_worker._comm import Group
+    from warmroute_worker._native import Group
 
 
 class TensorGroup(Protocol):

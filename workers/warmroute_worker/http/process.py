@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from warmroute_worker import model_folder
-from warmroute_worker._comm import Region
+from warmroute_worker._native import Region
 from warmroute_worker.args import WorkerArgs
 from warmroute_worker.chat import ChatTemplate
 from warmroute_worker.child_process import StatusPipe, die_with_parent, leave_signals_to_parent

@@ -1,8 +1,8 @@
 """Attention over the paged pool: stores the step's keys and values, then lets every query see its own sequence.
 
-`PagedAttention.begin` turns a StepPlan into index tensors once; the layers share them. Decoding sequences are gathered
-into padded batches of similar length, prefills are computed one by one. This is the whole interface that a backend with
-its own kernels would have to offer.
+`PagedAttention.begin` turns a StepPlan into index tensors once; the layers share them. What decodes goes to our own
+kernel (float32 on CPU), which reads pages where they are; elsewhere it is gathered into padded batches of similar
+length. Prefills are computed one by one. This is all that a backend with other kernels would have to offer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from warmroute_worker.layers import native
 from warmroute_worker.step_plan import PADDING_PAGE
 
 if TYPE_CHECKING:
@@ -68,15 +69,21 @@ class AttentionBatch:
     """[tokens]"""
     slots: torch.Tensor
     """[tokens]: where their keys and values go."""
+    seen: native.Seen | None
+    """What the first tokens see: all that decode, with our own kernel; None without it."""
     decodes: list[DecodeBatch]
+    """Those that decode, without it."""
     prefills: list[Prefill]
 
 
 class PagedAttention:
     """Owns the page table and the scratch memory; reads and writes the pool."""
 
-    def __init__(self, pool: KvPool, num_rows: int, context_length: int) -> None:
+    def __init__(self, pool: KvPool, num_rows: int, context_length: int, deterministic: bool = False) -> None:
+        """`deterministic`: what a token sees is computed in one way, whatever it is computed together with."""
         self._pool = pool
+        self._native = native.usable(pool.data.dtype, pool.data.device)
+        self._deterministic = deterministic
         self._page_size = pool.page_size
         self._device, self._dtype = pool.data.device, pool.data.dtype
         self._page_table = np.full((num_rows, -(-context_length // pool.page_size)), PADDING_PAGE, np.int64)
@@ -91,19 +98,22 @@ class PagedAttention:
         size = self._page_size
         slots = self._page_table[token_rows, positions // size] * size + positions % size
         num_decodes = int(np.argmax(plan.lengths > 1)) if (plan.lengths > 1).any() else len(plan)
-        return AttentionBatch(
-            self._tensor(positions),
-            self._tensor(slots),
-            self._decodes(plan.rows[:num_decodes], plan.starts[:num_decodes] + 1),
-            self._prefills(plan, num_decodes),
-        )
+        seen, decodes = None, []
+        if self._native:
+            alone = len(positions) if self._deterministic else num_decodes
+            rows, visible = token_rows[:alone].astype(np.int64), positions[:alone] + 1
+            seen = native.Seen(rows, visible, self._page_table, size, torch.get_num_threads())
+        else:
+            decodes = self._decodes(plan.rows[:num_decodes], plan.starts[:num_decodes] + 1)
+        prefills = [] if self._native and self._deterministic else self._prefills(plan, num_decodes)
+        return AttentionBatch(self._tensor(positions), self._tensor(slots), seen, decodes, prefills)
 
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch
     ) -> torch.Tensor:
         """[tokens, heads, head_dim], twice [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]"""
-        self._pool.keys[layer].index_copy_(0, batch.slots, keys)
-        self._pool.values[layer].index_copy_(0, batch.slots, values)
+        self._store(self._pool.keys[layer], keys, batch)
+        self._store(self._pool.values[layer], values, batch)
         return self._attend(layer, queries, keys, values, batch, None)
 
     def attend_latent(
@@ -114,8 +124,14 @@ class PagedAttention:
         A row is the key of every head, its first `rank` numbers are the value. Scores are multiplied with `scale`.
         """
         keys = rows.unsqueeze(1)
-        self._pool.keys[layer].index_copy_(0, batch.slots, keys)
+        self._store(self._pool.keys[layer], keys, batch)
         return self._attend(layer, queries, keys, keys[:, :, :rank], batch, scale)
+
+    def _store(self, pool: torch.Tensor, x: torch.Tensor, batch: AttentionBatch) -> None:
+        if self._native:
+            native.store(x, batch.slots, pool)
+        else:
+            pool.index_copy_(0, batch.slots, x)
 
     def _attend(
         self,
@@ -127,9 +143,17 @@ class PagedAttention:
         scale: float | None,
     ) -> torch.Tensor:
         value_dim = values.shape[2]
+        alone: torch.Tensor | None = None
+        if batch.seen is not None:
+            pool = self._pool.keys[layer], (self._pool.values or self._pool.keys)[layer]
+            alone = native.attend(queries, *pool, value_dim, scale or queries.shape[2] ** -0.5, batch.seen)
+            if not batch.prefills:
+                return alone
         if len(batch.decodes) == 1 and not batch.prefills:
             return self._decode(layer, queries, value_dim, batch.decodes[0], scale)
         output = torch.empty((len(queries), queries.shape[1] * value_dim), dtype=self._dtype, device=self._device)
+        if alone is not None:
+            output[: len(alone)] = alone
         for decodes in batch.decodes:
             output[decodes.queries] = self._decode(layer, queries[decodes.queries], value_dim, decodes, scale)
         for prefill in batch.prefills:

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from warmroute_worker import topology
+from warmroute_worker.layers import native
 from warmroute_worker.weights.source import WHOLE, Part
 
 if TYPE_CHECKING:
@@ -122,13 +123,32 @@ class RmsNorm:
     def __init__(self, source: WeightSource, name: str, features: int, eps: float) -> None:
         self.weight = source.tensor(f"{name}.weight", (features,))
         self._eps = eps
+        self._native = native.usable(self.weight.dtype, self.weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, features] -> the same"""
+        if self._native:
+            return native.norm(x, None, self.weight, self._eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight, self._eps)
+
+    def after_adding(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """The norm of x + delta, which x becomes."""
+        if self._native:
+            return native.norm(x, delta, self.weight, self._eps)
+        x += delta
+        return self(x)
+
+    def of_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, heads, features] -> each head's norm; x may be overwritten."""
+        if self._native:
+            return native.norm_heads(x, self.weight, self._eps)
         return functional.rms_norm(x, self.weight.shape, self.weight, self._eps)
 
 
 def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:
     """[tokens, 2n] -> [tokens, n]: SiLU of the first half times the second."""
+    if native.usable(x.dtype, x.device):
+        return native.silu_and_multiply(x)
     gate, up = x.chunk(2, dim=-1)
     return functional.silu(gate) * up
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from warmroute_worker.layers import native
+
 if TYPE_CHECKING:
     from warmroute_worker.model_config import RopeConfig
 
@@ -30,8 +32,10 @@ class RotaryEmbedding:
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
     def rotate(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """[tokens, heads, head_dim] -> the same, turned."""
+        """[tokens, heads, head_dim] -> the same, turned; x may be overwritten."""
         cos, sin = cos_sin
+        if native.usable(x.dtype, x.device) and native.stands_in_rows(x):
+            return native.rotate(x, cos, sin)
         return torch.addcmul(x * cos, torch.roll(x, self._half, dims=-1), sin)
 
 

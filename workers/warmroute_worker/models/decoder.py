@@ -103,5 +103,6 @@ class DecoderLayer:
     def __call__(
         self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
     ) -> torch.Tensor:
-        x = x + self._group.sum(self._attention(self._attention_norm(x), cos_sin, rope, attention, batch))
-        return x + self._group.sum(self._mlp(self._mlp_norm(x)))
+        seen = self._group.sum(self._attention(self._attention_norm(x), cos_sin, rope, attention, batch))
+        x += self._group.sum(self._mlp(self._mlp_norm.after_adding(x, seen)))
+        return x

@@ -56,7 +56,8 @@ class GroupedAttention:
         unturned = qkv[:, : heads + kv_heads]
         if self._head_norms is not None:
             query_norm, key_norm = self._head_norms
-            unturned = torch.cat((query_norm(qkv[:, :heads]), key_norm(qkv[:, heads : heads + kv_heads])), dim=1)
+            queries, keys = query_norm.of_heads(qkv[:, :heads]), key_norm.of_heads(qkv[:, heads : heads + kv_heads])
+            unturned = _beside(queries, keys)
         turned = rope.rotate(unturned, cos_sin)
         values = qkv[:, heads + kv_heads :]
         return self._output(attention.attend(self._index, turned[:, :heads], turned[:, heads:], values, batch))
@@ -115,6 +116,14 @@ class LatentAttention:
         # [heads, tokens, rank] x [heads, rank, value]
         values = torch.bmm(seen.view(len(x), heads, mla.latent_rank).transpose(0, 1), self._to_value)
         return self._output(values.transpose(0, 1).reshape(len(x), -1))
+
+
+def _beside(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[tokens, a, dim] and [tokens, b, dim] as one; without a copy where they stand side by side already."""
+    if left.data_ptr() + left.shape[1] * left.stride(1) * left.itemsize == right.data_ptr():
+        shape = (left.shape[0], left.shape[1] + right.shape[1], left.shape[2])
+        return left.as_strided(shape, left.stride())
+    return torch.cat((left, right), dim=1)
 
 
 def _parter(heads: int, mla: MlaConfig) -> Callable[[torch.Tensor], None] | None:

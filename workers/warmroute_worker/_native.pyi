@@ -1,4 +1,4 @@
-"""Collectives of ranks on one host through shared memory: `workers/rank_comm`, in Rust.
+"""The worker's Rust: collectives of ranks on one host (`workers/rank_comm`), and kernels (`workers/cpu_kernels`).
 
 Vectors are given by address and size in bytes: they must be contiguous and must not be used by anybody else during the
 call. A call returns when its operation is done; the GIL is free meanwhile.
@@ -7,7 +7,17 @@ call. A call returns when its operation is done; the GIL is free meanwhile.
 from collections.abc import Sequence
 from typing import TypeAlias, final
 
-__all__ = ["CollectiveError", "Group", "Region"]
+__all__ = [
+    "CollectiveError",
+    "Group",
+    "Region",
+    "add_and_norm",
+    "attend",
+    "norm_heads",
+    "rotate",
+    "silu_and_multiply",
+    "store",
+]
 
 _GroupPlan: TypeAlias = tuple[str, Sequence[int], int, int]
 """Name, ranks, slots of each rank (2, 4, 8 or 16), bytes of a slot (a multiple of 64)."""
@@ -71,3 +81,35 @@ class Group:
 
     def barrier(self) -> None:
         """Returns when all members have called it."""
+
+# ---- kernels: float32 on CPU. Addresses of tensors; sizes in numbers, not bytes.
+
+def add_and_norm(x: int, delta: int, weight: int, out: int, rows: int, width: int, eps: float) -> None:
+    """x += delta (0: nothing to add); out = x / sqrt(mean(x^2) + eps) * weight, of [rows, width]."""
+
+def norm_heads(x: int, rows: int, stride: int, heads: int, weight: int, width: int, eps: float) -> None:
+    """The same norm of each of the first `heads` heads of each row, in place."""
+
+def rotate(x: int, rows: int, stride: int, heads: int, dim: int, cos: int, sin: int) -> None:
+    """Turn the first `heads` heads of each row, in place; `cos` and signed `sin` are [rows, dim]."""
+
+def store(x: int, rows: int, stride: int, width: int, slots: int, pool: int, pool_slots: int) -> None:
+    """pool[slots[i]] = the first `width` numbers of row i; `slots`: int64, `pool`: [pool_slots, width]."""
+
+def silu_and_multiply(x: int, out: int, rows: int, width: int) -> None:
+    """[rows, 2 * width] -> [rows, width]"""
+
+def attend(
+    queries: tuple[int, int, int, int],
+    pool: tuple[int, int, int, int, int, int, int, int],
+    table: tuple[int, int, int],
+    rows: int,
+    visible: int,
+    scale: float,
+    out: int,
+    threads: int,
+) -> None:
+    """Single queries over pages. `queries`: address, tokens, stride, heads. `pool`: addresses of keys and of values,
+    slots, KV heads, numbers of a key, from value to value, of a value; tokens of a page. `table`: page table (int64),
+    rows, columns. `rows`, `visible`: int64 per query, its row in the table and how many tokens it sees. `out`: [tokens,
+    heads, numbers of a value]."""

@@ -1,4 +1,4 @@
-//! What Python sees: `warmroute_worker._comm`. Vectors come as addresses, since a torch tensor of any dtype has one.
+//! Collectives.
 #![allow(unsafe_code, reason = "memory of tensors, by address")]
 
 use std::fs::File;
@@ -10,16 +10,16 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::{CommError, Counter, Dtype, Group, GroupPlan, Op, Region};
+use rank_comm::{CommError, Counter, Dtype, Group, GroupPlan, Op, Region};
 
-pyo3::create_exception!(_comm, CollectiveError, pyo3::exceptions::PyRuntimeError, "A collective did not take place.");
+use crate::memory::numbers_mut;
 
-impl From<CommError> for PyErr {
-    fn from(error: CommError) -> Self {
-        match error {
-            CommError::Invalid(text) => PyValueError::new_err(text),
-            other => CollectiveError::new_err(other.to_string()),
-        }
+pyo3::create_exception!(_native, CollectiveError, pyo3::exceptions::PyRuntimeError, "A collective did not take place.");
+
+fn raised(error: CommError) -> PyErr {
+    match error {
+        CommError::Invalid(text) => PyValueError::new_err(text),
+        other => CollectiveError::new_err(other.to_string()),
     }
 }
 
@@ -33,8 +33,8 @@ fn plans(groups: Vec<Plan>) -> Vec<GroupPlan> {
         .collect()
 }
 
-#[pyclass(frozen, name = "Region", module = "warmroute_worker._comm")]
-struct PyRegion(Region);
+#[pyclass(frozen, name = "Region", module = "warmroute_worker._native")]
+pub(crate) struct PyRegion(Region);
 
 #[pymethods]
 impl PyRegion {
@@ -115,17 +115,16 @@ fn named(counter: &str) -> PyResult<Counter> {
     found.ok_or_else(|| PyValueError::new_err(format!("there is no counter {counter:?}")))
 }
 
-#[pyclass(name = "Group", module = "warmroute_worker._comm")]
-struct PyGroup(Group);
+#[pyclass(name = "Group", module = "warmroute_worker._native")]
+pub(crate) struct PyGroup(Group);
 
 #[pymethods]
 impl PyGroup {
     fn all_reduce(&mut self, py: Python<'_>, address: usize, num_bytes: usize, dtype: &str) -> PyResult<()> {
-        let dtype = Dtype::of_name(dtype)?;
+        let dtype = Dtype::of_name(dtype).map_err(raised)?;
         let group = &mut self.0;
         // SAFETY: the caller's tensor is contiguous, has so many bytes and is used by nobody else during the call.
-        py.detach(|| group.all_reduce(unsafe { memory(address, num_bytes) }, dtype))?;
-        Ok(())
+        py.detach(|| group.all_reduce(unsafe { numbers_mut(address, num_bytes) }, dtype)).map_err(raised)
     }
 
     #[pyo3(signature = (address, sizes, place, root, out))]
@@ -143,45 +142,27 @@ impl PyGroup {
         let group = &mut self.0;
         py.detach(|| {
             // SAFETY: as above, and the two do not overlap.
-            let (part, out) = unsafe { (memory(address, own), out.map(|out| memory(out, total))) };
+            let (part, out) = unsafe { (numbers_mut(address, own), out.map(|out| numbers_mut(out, total))) };
             group.gather(part, &sizes, root, out)
-        })?;
-        Ok(())
+        })
+        .map_err(raised)
     }
 
     fn broadcast(&mut self, py: Python<'_>, address: usize, num_bytes: usize, root: usize) -> PyResult<()> {
         let group = &mut self.0;
         // SAFETY: as above.
-        py.detach(|| group.broadcast(unsafe { memory(address, num_bytes) }, root))?;
-        Ok(())
+        py.detach(|| group.broadcast(unsafe { numbers_mut(address, num_bytes) }, root)).map_err(raised)
     }
 
     #[pyo3(signature = (message, root))]
     fn message<'py>(&mut self, py: Python<'py>, message: Option<&[u8]>, root: usize) -> PyResult<Bound<'py, PyBytes>> {
         let group = &mut self.0;
-        let got = py.detach(|| group.message(message, root))?;
+        let got = py.detach(|| group.message(message, root)).map_err(raised)?;
         Ok(PyBytes::new(py, &got))
     }
 
     fn barrier(&mut self, py: Python<'_>) -> PyResult<()> {
         let group = &mut self.0;
-        py.detach(|| group.barrier())?;
-        Ok(())
+        py.detach(|| group.barrier()).map_err(raised)
     }
-}
-
-/// SAFETY: `bytes` bytes from `address` on are valid, and nobody else uses them as long as the slice is used.
-unsafe fn memory<'a>(address: usize, bytes: usize) -> &'a mut [u8] {
-    if bytes == 0 {
-        return &mut [];
-    }
-    unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), bytes) }
-}
-
-#[pymodule]
-fn _comm(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_class::<PyRegion>()?;
-    module.add_class::<PyGroup>()?;
-    module.add("CollectiveError", module.py().get_type::<CollectiveError>())?;
-    Ok(())
 }

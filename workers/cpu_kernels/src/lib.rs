@@ -1,0 +1,12 @@
+//! What a step does between its matrix products, in float32 on a CPU: norms, rotary positions, activations, paged attention.
+//!
+//! torch does each of these in several passes, and each pass costs microseconds however little there is to do: a decode step of a small
+//! model spends half its time there. Every row is computed by itself and in a fixed order, so its bits do not depend on what else is
+//! in the batch, nor on the number of threads.
+
+mod attention;
+mod rows;
+mod simd;
+
+pub use attention::{Cached, Queries, attend};
+pub use rows::{add_and_norm, norm_heads, rotate, silu_and_multiply, store};

@@ -1,0 +1,178 @@
+//! Loops that the compiler turns into vector instructions, in two editions: for AVX2 with FMA, and for whatever there is.
+//!
+//! A kernel is an `#[inline(always)]` function, generic in how it multiplies and adds; [`kernel!`] makes the two editions of it.
+
+/// How a product is added to a sum.
+pub(crate) trait Fuse: Copy {
+    /// `a` x `b` + `c`
+    fn fuse(a: f32, b: f32, c: f32) -> f32;
+}
+
+/// With one rounding, which needs the instruction: without it this is a call of a slow function.
+#[derive(Clone, Copy)]
+pub(crate) struct Fused;
+
+/// With two.
+#[derive(Clone, Copy)]
+pub(crate) struct Separate;
+
+impl Fuse for Fused {
+    #[inline(always)]
+    fn fuse(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+}
+
+impl Fuse for Separate {
+    #[inline(always)]
+    fn fuse(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+}
+
+/// `pub(crate) fn $name(...)` that runs `$body::<Fused>` where the CPU has AVX2 and FMA, else `$body::<Separate>`.
+macro_rules! kernel {
+    ($(#[$doc:meta])* $name:ident = $body:ident ( $($arg:ident : $type:ty),* $(,)? )) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments, reason = "kernels take what they take")]
+        pub(crate) fn $name($($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma")]
+                #[allow(clippy::too_many_arguments, reason = "kernels take what they take")]
+                fn wide($($arg: $type),*) {
+                    $body::<$crate::simd::Fused>($($arg),*);
+                }
+                if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+                    #[allow(unsafe_code, reason = "the CPU has what it needs: the line above has asked")]
+                    // SAFETY: as said.
+                    return unsafe { wide($($arg),*) };
+                }
+            }
+            $body::<$crate::simd::Separate>($($arg),*);
+        }
+    };
+}
+pub(crate) use kernel;
+
+/// Sums that are kept apart.
+const LANES: usize = 16;
+
+/// Asks for memory that will be read soon.
+#[inline(always)]
+pub(crate) fn prefetch(numbers: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in numbers.chunks(16) {
+        #[allow(unsafe_code, reason = "a hint, for an address that is valid")]
+        // SAFETY: every x86-64 has the instruction, and it reads nothing that the program could see.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = numbers;
+}
+
+/// Sum of products. The order of additions is fixed by the length alone.
+#[inline(always)]
+pub(crate) fn dot<F: Fuse>(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; LANES];
+    let (a_blocks, a_rest) = a.as_chunks::<LANES>();
+    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
+    for (a, b) in a_blocks.iter().zip(b_blocks) {
+        for lane in 0..LANES {
+            sums[lane] = F::fuse(a[lane], b[lane], sums[lane]);
+        }
+    }
+    let mut sum = halves(sums);
+    for (a, b) in a_rest.iter().zip(b_rest) {
+        sum = F::fuse(*a, *b, sum);
+    }
+    sum
+}
+
+/// The sum of all lanes, halves first.
+#[inline(always)]
+fn halves(mut sums: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// The sum; the order of additions is fixed by the length alone.
+#[inline(always)]
+pub(crate) fn sum(numbers: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; LANES];
+    let (blocks, rest) = numbers.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            sums[lane] += block[lane];
+        }
+    }
+    halves(sums) + rest.iter().sum::<f32>()
+}
+
+/// The largest number, none of which may be NaN; -inf of none.
+#[inline(always)]
+pub(crate) fn largest(numbers: &[f32]) -> f32 {
+    let mut found = [f32::NEG_INFINITY; LANES];
+    let (blocks, rest) = numbers.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            found[lane] = if block[lane] > found[lane] { block[lane] } else { found[lane] };
+        }
+    }
+    found.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
+}
+
+/// e^x for x up to 88, to 2 units in the last place; 0 below -87. Cephes' reduction and polynomial (Moshier, 1992).
+#[inline(always)]
+pub(crate) fn exp<F: Fuse>(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 x 2^23: adding it leaves a whole number
+    let clamped = x.clamp(-87.0, 88.0);
+    let shifted = F::fuse(clamped, std::f32::consts::LOG2_E, ROUND);
+    let power = shifted - ROUND;
+    let rest = F::fuse(power, -0.693_359_4, clamped);
+    let rest = F::fuse(power, 2.121_944_4e-4, rest);
+    let mut sum = 1.987_569_1e-4_f32;
+    for factor in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_66, 0.5] {
+        sum = F::fuse(sum, rest, factor);
+    }
+    let value = F::fuse(sum, rest * rest, rest + 1.0);
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+    if x < -87.0 { 0.0 } else { value * scale }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exponentials_are_those_of_the_library() {
+        for step in -8_700..8_800 {
+            let x = step as f32 / 100.0 + 0.003;
+            for ours in [exp::<Separate>(x), exp::<Fused>(x)] {
+                let exact = f64::from(x).exp();
+                assert!((f64::from(ours) - exact).abs() <= 4e-7 * exact, "e^{x}: {ours}, not {exact}");
+            }
+        }
+        assert_eq!(exp::<Separate>(-100.0), 0.0);
+        assert_eq!(exp::<Separate>(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp::<Separate>(0.0), 1.0);
+    }
+
+    #[test]
+    fn products_are_summed() {
+        let numbers: Vec<f32> = (0..70).map(|n| n as f32).collect();
+        for length in 0..70 {
+            let exact: f32 = numbers[..length].iter().map(|n| n * n).sum();
+            assert_eq!(dot::<Separate>(&numbers[..length], &numbers[..length]), exact);
+        }
+    }
+}
