@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -255,8 +256,8 @@ def _mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = native.attend
 
     def wrong(*arguments: Any) -> torch.Tensor:
-        *others, seen = arguments
-        return attend(*others, seen._replace(visible=np.maximum(seen.visible - 1, 1)))
+        seen: native.Seen = arguments[-1]
+        return attend(*arguments[:-1], seen._replace(visible=np.maximum(seen.visible - 1, 1)))  # type: ignore[call-arg]
 
     monkeypatch.setattr(native, "attend", wrong)
 
@@ -292,6 +293,9 @@ def _stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         self.values = [values.clone() for values in self.values]
 
     monkeypatch.setattr(KvPool, "__init__", wrong)
+    # Our own kernel reads where it stores.
+    store, calls = native.store, itertools.count()
+    monkeypatch.setattr(native, "store", lambda *arguments: store(*arguments) if next(calls) % 2 == 0 else None)
 
 
 def _stale_page_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,24 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference(tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["tp 2", "tp 2, pp 2"])
 def test_the_same_tokens(family: Reference, layout: str) -> None:
+    check_tokens(family, *LAYOUTS[layout])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp 4", "pp 2"])
+def test_the_same_tokens_with_other_layouts(family: Reference, layout: str) -> None:
+    check_tokens(family, *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["tp 4", "pp 2"])
+def test_the_same_tokens_of_llama(llama: Reference, layout: str) -> None:
+    check_tokens(llama, *LAYOUTS[layout])
+
+
+def check_tokens(family: Reference, tp: int, pp: int) -> None:
     """Cold and warm, in chunks, all prompts at once."""
-    tp, pp = LAYOUTS[layout]
     with ranks(family.folder, tp, pp, chunked_prefill_size=64) as (engine, _):
         for _ in range(2):
             assert answers(greedy(engine, family.prompts)) == family.answers

@@ -42,6 +42,7 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         pp_size=2,
         watchdog_timeout=2.5,
         disable_custom_all_reduce=True,
+        enable_deterministic_inference=True,
     )
     argv: list[str] = []
     for field in dataclasses.fields(WorkerArgs):

@@ -59,6 +59,8 @@ class WorkerArgs:
     """Stages into which the layers are divided."""
     disable_custom_all_reduce: bool = False
     """Add up over gloo (CPU) or NCCL (CUDA) instead of through shared memory."""
+    enable_deterministic_inference: bool = False
+    """The same bits for a request whatever is computed beside it, cached or in chunks."""
     watchdog_timeout: float = 300.0
     """Seconds after which a rank that shows no life ends the worker."""
     log_level: str = "info"
@@ -176,7 +178,6 @@ _REFUSED: dict[str, str] = {
     "--disable-radix-cache": "the prefix cache is always on",
     "--disaggregation-mode": "prefill and decode run in the same worker",
     "--dist-init-addr": "a worker runs on one host for now",
-    "--enable-deterministic-inference": "it comes with a later release",
     "--enable-dp-attention": "DP attention comes with a later release",
     "--enable-ep-moe": "expert parallelism comes with a later release",
     "--enable-eplb": "expert parallelism comes with a later release",
@@ -249,6 +250,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         parser.add_argument(flag, choices=choices, default=defaults[flag[2:].replace("-", "_")], help=text)
     for flag, text in (
         ("--disable-custom-all-reduce", "add up over gloo (CPU) or NCCL (CUDA), not through shared memory"),
+        ("--enable-deterministic-inference", "the same bits whatever is computed beside a request (float32 on CPU)"),
     ):
         parser.add_argument(flag, action="store_true", help=text)
     for name, (flags, reason) in _SIZES_OF_ONE.items():

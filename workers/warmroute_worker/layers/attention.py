@@ -68,7 +68,7 @@ class AttentionBatch:
     positions: torch.Tensor
     """[tokens]"""
     slots: torch.Tensor
-    """[tokens]: where their keys and values go."""
+    """[tokens]: where their keys and values go; of tokens that only fill up, nowhere."""
     seen: native.Seen | None
     """What the first tokens see: all that decode, with our own kernel; None without it."""
     decodes: list[DecodeBatch]
@@ -79,11 +79,13 @@ class AttentionBatch:
 class PagedAttention:
     """Owns the page table and the scratch memory; reads and writes the pool."""
 
-    def __init__(self, pool: KvPool, num_rows: int, context_length: int, deterministic: bool = False) -> None:
-        """`deterministic`: what a token sees is computed in one way, whatever it is computed together with."""
+    def __init__(self, pool: KvPool, num_rows: int, context_length: int, rounded: int = 1) -> None:
+        """`rounded`: steps have a multiple of so many tokens; more than 1 (only with our own kernel): the others see
+        nothing and are stored nowhere, and prefills are computed as decodes are, so that nobody's company shows."""
         self._pool = pool
         self._native = native.usable(pool.data.dtype, pool.data.device)
-        self._deterministic = deterministic
+        self._rounded, self._deterministic = rounded, rounded > 1
+        assert self._native or not self._deterministic
         self._page_size = pool.page_size
         self._device, self._dtype = pool.data.device, pool.data.dtype
         self._page_table = np.full((num_rows, -(-context_length // pool.page_size)), PADDING_PAGE, np.int64)
@@ -106,6 +108,7 @@ class PagedAttention:
         else:
             decodes = self._decodes(plan.rows[:num_decodes], plan.starts[:num_decodes] + 1)
         prefills = [] if self._native and self._deterministic else self._prefills(plan, num_decodes)
+        positions = rounded_up(positions, self._rounded)
         return AttentionBatch(self._tensor(positions), self._tensor(slots), seen, decodes, prefills)
 
     def attend(
@@ -129,7 +132,7 @@ class PagedAttention:
 
     def _store(self, pool: torch.Tensor, x: torch.Tensor, batch: AttentionBatch) -> None:
         if self._native:
-            native.store(x, batch.slots, pool)
+            native.store(x[: len(batch.slots)], batch.slots, pool)
         else:
             pool.index_copy_(0, batch.slots, x)
 
@@ -148,7 +151,8 @@ class PagedAttention:
             pool = self._pool.keys[layer], (self._pool.values or self._pool.keys)[layer]
             alone = native.attend(queries, *pool, value_dim, scale or queries.shape[2] ** -0.5, batch.seen)
             if not batch.prefills:
-                return alone
+                missing = len(queries) - len(alone)
+                return functional.pad(alone, (0, 0, 0, missing)) if missing else alone
         if len(batch.decodes) == 1 and not batch.prefills:
             return self._decode(layer, queries, value_dim, batch.decodes[0], scale)
         output = torch.empty((len(queries), queries.shape[1] * value_dim), dtype=self._dtype, device=self._device)
@@ -254,6 +258,12 @@ class PagedAttention:
 
     def _tensor(self, array: Int64s) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def rounded_up(numbers: Int64s, multiple: int) -> Int64s:
+    """Filled up with zeros to a multiple."""
+    missing = -len(numbers) % multiple
+    return np.pad(numbers, (0, missing)) if missing else numbers
 
 
 def similar_lengths(page_counts: Int32s) -> list[Int64s]:

@@ -81,7 +81,8 @@ class MixtureOfExperts:
         self._config = config
         # Which experts are chosen must not depend on how numbers are rounded.
         router_dtype = torch.float32 if config.float32_router else None
-        self._router = source.tensor(f"{name}.gate.weight", (config.num_experts, hidden), router_dtype)
+        router = source.tensor(f"{name}.gate.weight", (config.num_experts, hidden), router_dtype)
+        self._logits, self._router_dtype = product(router), router.dtype
         self._score_bias: torch.Tensor | None = None
         if config.score_bias:
             bias_name = f"{name}.gate.e_score_correction_bias"
@@ -107,7 +108,7 @@ class MixtureOfExperts:
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, k] weights in float32, and experts."""
         config = self._config
-        logits = functional.linear(x.to(self._router.dtype), self._router)
+        logits = self._logits(x.to(self._router_dtype))
         if config.scores == "sigmoid":
             scores = logits.float().sigmoid()
         else:

@@ -24,12 +24,25 @@ itself less than half of what MKL takes on an AMD EPYC (2816 x 512, float32, one
 254 for 628, 512 rows 6.7 ms for 15.5). What comes out of a row does not depend on the others, either."""
 
 
+def pack_everything() -> None:
+    """From now on small matrices, too: for them MKL's result of a row depends on how many rows there are."""
+    global PACKED_FROM
+    PACKED_FROM = 0
+
+
 def product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> x W^T + b, for [tokens, in_features]. The weight may be kept in another order: nobody should look at it."""
     packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
     if packable and weight.numel() >= PACKED_FROM and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        outputs = len(weight)
+        if outputs == 1:
+            # A matrix of one row is multiplied as a vector, by another routine for each number of rows of x.
+            weight = functional.pad(weight, (0, 0, 0, 15))
+            bias = None if bias is None else functional.pad(bias, (0, 15))
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         apply = torch.ops.mkldnn._linear_pointwise.default
+        if outputs < len(weight):
+            return lambda x: apply(x, packed, bias, "none", [], "")[:, :outputs]
         return lambda x: apply(x, packed, bias, "none", [], "")
     return lambda x: functional.linear(x, weight, bias)
 
