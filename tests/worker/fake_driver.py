@@ -89,6 +89,7 @@ class FakeDriver:
             device="cpu",
             weight_bytes=0,
             kv_pool_bytes=0,
+            attention_backend="torch_native",
             layout="",
             collectives="none",
         )
@@ -108,10 +109,10 @@ class FakeDriver:
             case messages.Flush():
                 if self.running:
                     text = f"{len(self.running)} requests are running"
-                    self._send(messages.FlushResult(id=message.id, ok=False, message=text))
+                    self._send(messages.Reply(id=message.id, ok=False, message=text))
                 else:
                     self._seen.clear()
-                    self._send(messages.FlushResult(id=message.id, ok=True, message=""))
+                    self._send(messages.Reply(id=message.id, ok=True, message=""))
 
     def _step(self) -> None:
         rows = []

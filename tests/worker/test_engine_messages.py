@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 from warmroute_worker import messages
 from warmroute_worker.messages import (
     Abort,
+    Continue,
     Failed,
     Flush,
-    FlushResult,
     FrameReader,
     Generate,
     KvEvents,
     Load,
     Message,
+    Pause,
+    Profile,
     Ready,
+    Reply,
     Row,
     Sampling,
     Shutdown,
@@ -36,6 +39,10 @@ EVERY_KIND: list[Message] = [
     Abort("r1"),
     Flush(7),
     Shutdown(),
+    Pause(3, "retract"),
+    Continue(4),
+    Profile(5, "/tmp/x"),
+    Profile(6, None),
     Ready(
         8192,
         320,
@@ -49,6 +56,7 @@ EVERY_KIND: list[Message] = [
         "cpu",
         1 << 33,
         1 << 40,
+        "native",
         "tp 2",
         "shared memory",
     ),
@@ -62,7 +70,7 @@ EVERY_KIND: list[Message] = [
         Load(1, 2, 3, 4, 5, 6, 7, 8, 9),
     ),
     KvEvents([["BlockStored", [1 << 62], None, [1, 2], 2, None, "CPU"], ["AllBlocksCleared"]]),
-    FlushResult(7, False, "2 requests are running"),
+    Reply(7, False, "2 requests are running"),
 ]
 
 

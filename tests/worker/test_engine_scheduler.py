@@ -486,3 +486,46 @@ def test_batches_under_way_are_of_equal_size() -> None:
     for _ in range(12):
         run.step()
     assert [len(plan) for plan in run.plans[8:]] == [3] * len(run.plans[8:])
+
+
+def test_priorities_are_admitted_first() -> None:
+    def order(priorities: bool) -> list[str]:
+        run = Run(max_running_requests=1, priorities=priorities)
+        for n, priority in enumerate((0, 5, -1, 5)):
+            run.scheduler.add(generate(f"r{n}", 10, 3, start=n, ignore_eos=True, priority=priority))
+        run.finish()
+        return list(run.rows)
+
+    assert order(False) == ["r0", "r1", "r2", "r3"]
+    assert order(True) == ["r1", "r3", "r0", "r2"]
+
+
+def test_all_can_be_retracted_and_the_cache_emptied() -> None:
+    run = Run()
+    for n in range(4):
+        run.scheduler.add(generate(f"r{n}", 20 + n, 10, start=n))
+    for _ in range(5):
+        run.step()
+    run.scheduler.retract_all()
+    run.scheduler.check_integrity()
+    assert run.scheduler.load().used_tokens == 0
+    run.finish()
+    for n in range(4):
+        assert run.answer(f"r{n}") == expected_answer(generate(f"r{n}", 20 + n, 10, start=n), run.room)
+
+
+def test_steps_that_never_fit_are_refused_in_the_end() -> None:
+    run = Run(num_pages=30)
+    run.scheduler.add(generate("r", 40, 4))
+    sizes = []
+    for _ in range(3):
+        sizes.append(int(run.scheduler.schedule().lengths.sum()))
+        run.scheduler.fail()
+        run.scheduler.halve_chunks()
+    assert sizes == [16, 8, 4]
+    run.scheduler.schedule()
+    run.scheduler.fail("the step ran out of memory: really")
+    [row] = run.scheduler.report().rows
+    assert (row.finish_reason, row.error) == ("error", "the step ran out of memory: really")
+    assert run.scheduler.is_idle
+    assert run.cache.num_available == run.cache.num_pages

@@ -43,6 +43,10 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         watchdog_timeout=2.5,
         disable_custom_all_reduce=True,
         enable_deterministic_inference=True,
+        enable_priority_scheduling=True,
+        enable_p2p_check=True,
+        attention_backend="triton",
+        disable_cuda_graph=True,
     )
     argv: list[str] = []
     for field in dataclasses.fields(WorkerArgs):
@@ -68,7 +72,8 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         (["--model-path", "m", "--max-queued-requests", "-1"], "--max-queued-requests must not be negative"),
         (["--model-path", "m", "--drain-timeout", "-1"], "--drain-timeout must not be negative"),
         (["--model-path", "m", "--random-seed", "-1"], "--random-seed must be between 0 and"),
-        (["--model-path", "m", "--device", "xpu"], "--device"),
+        (["--model-path", "m", "--device", "tpu"], "--device"),
+        (["--model-path", "m", "--attention-backend", "mine"], "--attention-backend"),
         (["--model-path", "m", "--no-such-flag"], "--no-such-flag"),
         (["--model-path", "m", "--served-model", "x"], "--served-model"),
         (["--model-path", "m", "--tp", "0"], "--tp-size must be at least 1, got 0"),

@@ -257,7 +257,9 @@ async def test_cached_tokens_of_the_second_turn(app: RunningApp) -> None:
         ("completions", {"prompt": [1, -3]}, "prompt"),
         ("completions", {"prompt": [[1], [320]]}, "prompt[1]"),
         ("completions", {"prompt": "a" * 512}, "prompt"),
-        ("completions", {"prompt": "a", "echo": True}, "echo"),
+        ("completions", {"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
+        ("completions", {"prompt": "a", "echo": "yes"}, "echo"),
+        ("completions", {"prompt": "a", "priority": "high"}, "priority"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
     ],
 )
@@ -420,3 +422,13 @@ async def test_logprobs_of_a_completion(app: RunningApp) -> None:
     response = await app.post("/v1/completions", prompt="abc", logprobs=1, stream=True)
     events = [json.loads(event)["choices"][0] for event in sse_data(response.text)[:-1]]
     assert [offset for event in events if event["logprobs"] for offset in event["logprobs"]["text_offset"]] == [0, 1, 2]
+
+
+async def test_echo_puts_the_prompt_before_the_answer(tmp_path: Path) -> None:
+    async with running_app(write_folder(tmp_path)) as app:
+        answer = (await app.post("/v1/completions", prompt=["ab", [99, 100]], max_tokens=9, echo=True)).json()
+        assert [choice["text"] for choice in answer["choices"]] == ["abab", "cdcd"]
+        assert answer["usage"]["prompt_tokens"] == 4
+        stream = await app.post("/v1/completions", prompt="ab", max_tokens=9, echo=True, stream=True, stop="b")
+        texts = [json.loads(data)["choices"][0]["text"] for data in sse_data(stream.text)[:-1]]
+        assert "".join(texts) == "aba"

@@ -181,3 +181,43 @@ def test_what_cannot_start_says_so_once(argv: list[str], said: str) -> None:
         assert worker.wait(30) == 1
     assert len(worker.stderr) == 1, worker.stderr
     assert said in worker.stderr[0]
+
+
+def test_peers_are_checked() -> None:
+    with demo(*TP, "--enable-p2p-check", "--disable-custom-all-reduce") as worker:
+        url = worker.url()
+        assert httpx.get(url + "/server_info").json()["effective"]["collectives"] == "gloo"
+        body = {"text": "Once upon a time", "sampling_params": {"max_new_tokens": 8, "temperature": 0}}
+        assert httpx.post(url + "/generate", json=body).json()["meta_info"]["completion_tokens"] == 8
+    [line] = [line for line in worker.stderr if "p2p check" in line]
+    assert "2 ranks reach each other's memory; a barrier takes" in line
+
+
+def test_a_pause_over_http() -> None:
+    """In place: the answer stands still and goes on. Abort: it ends. Meanwhile others wait."""
+    with demo(*TP) as worker:
+        url = worker.url()
+        stream = Stream(url)
+        until(lambda: len(stream.events) > 5, 20)
+        assert httpx.post(url + "/pause_generation", json={"mode": "in_place"}).status_code == 200
+        time.sleep(0.1)
+        before = len(stream.events)
+        time.sleep(0.4)
+        assert len(stream.events) == before
+        assert health(url) == 200
+        assert httpx.post(url + "/continue_generation").status_code == 200
+        until(lambda: len(stream.events) > before + 5, 10)
+        assert httpx.post(url + "/pause_generation").json()["mode"] == "abort"
+        stream.join()
+        assert stream.events[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+        assert httpx.post(url + "/pause_generation", json={"mode": "gently"}).status_code == 400
+        assert httpx.post(url + "/flush_cache").status_code == 200
+        waiting: list[httpx.Response] = []
+        body = {"text": "a", "sampling_params": {"max_new_tokens": 5, "ignore_eos": True}}
+        thread = threading.Thread(target=lambda: waiting.append(httpx.post(url + "/generate", json=body, timeout=30)))
+        thread.start()
+        time.sleep(0.4)
+        assert not waiting
+        assert httpx.post(url + "/continue_generation").status_code == 200
+        thread.join()
+        assert waiting[0].json()["meta_info"]["completion_tokens"] == 5

@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 
 from warmroute_worker.topology import Layout
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "xpu", "npu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 SCHEDULE_POLICIES = ("fcfs", "lpm")
+ATTENTION_BACKENDS = ("auto", "torch_native", "triton", "fa3", "flashinfer", "flex_attention")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_RANKS = 64
 
@@ -61,6 +62,14 @@ class WorkerArgs:
     """Add up over gloo (CPU) or NCCL (CUDA) instead of through shared memory."""
     enable_deterministic_inference: bool = False
     """The same bits for a request whatever is computed beside it, cached or in chunks."""
+    enable_priority_scheduling: bool = False
+    """Requests with a higher `priority` are admitted first; without it priorities are ignored."""
+    enable_p2p_check: bool = False
+    """Measure at start whether and how fast ranks reach each other's memory."""
+    attention_backend: str = "auto"
+    """auto: our own kernel where it runs (float32 on CPU), else torch's; every other name is torch's."""
+    disable_cuda_graph: bool = False
+    """Accepted: there are no CUDA graphs yet."""
     watchdog_timeout: float = 300.0
     """Seconds after which a rank that shows no life ends the worker."""
     log_level: str = "info"
@@ -171,10 +180,8 @@ _SIZES_OF_ONE: dict[str, tuple[tuple[str, ...], str]] = {
 
 _REFUSED: dict[str, str] = {
     "--api-key": "it does not check keys; listen on a private address and let the router check them",
-    "--attention-backend": "there is one attention implementation, torch's own",
     "--chat-template": "the template of the model folder is used; put chat_template.jinja there",
     "--cuda-graph-max-bs": "there are no CUDA graphs yet",
-    "--disable-cuda-graph": "there are no CUDA graphs yet, so there is nothing to disable",
     "--disable-radix-cache": "the prefix cache is always on",
     "--disaggregation-mode": "prefill and decode run in the same worker",
     "--dist-init-addr": "a worker runs on one host for now",
@@ -184,7 +191,6 @@ _REFUSED: dict[str, str] = {
     "--enable-lora": "LoRA adapters are not supported",
     "--enable-metrics": "metrics are always on at GET /metrics",
     "--enable-mixed-chunk": "it comes with a later release",
-    "--enable-p2p-check": "there is one rank, so there are no peers",
     "--enable-torch-compile": "it comes with a later release",
     "--enable-two-batch-overlap": "expert parallelism comes with a later release",
     "--is-embedding": "only text generation is supported",
@@ -244,12 +250,16 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--device", DEVICES, "auto: CUDA when there is one"),
         ("--dtype", DTYPES, "auto: what is fast on the device"),
         ("--schedule-policy", SCHEDULE_POLICIES, "fcfs: who came first; lpm: the longest cached prefix"),
+        ("--attention-backend", ATTENTION_BACKENDS, "auto: our own kernel where it runs; any other: torch's"),
         ("--load-format", LOAD_FORMATS, "dummy: seeded random weights, only config.json and tokenizer are read"),
         ("--log-level", LOG_LEVELS, "what is logged to stderr"),
     ):
         parser.add_argument(flag, choices=choices, default=defaults[flag[2:].replace("-", "_")], help=text)
     for flag, text in (
         ("--disable-custom-all-reduce", "add up over gloo (CPU) or NCCL (CUDA), not through shared memory"),
+        ("--enable-priority-scheduling", "requests with a higher `priority` are admitted first"),
+        ("--enable-p2p-check", "measure at start whether and how fast ranks reach each other's memory"),
+        ("--disable-cuda-graph", "accepted: there are no CUDA graphs yet"),
         ("--enable-deterministic-inference", "the same bits whatever is computed beside a request (float32 on CPU)"),
     ):
         parser.add_argument(flag, action="store_true", help=text)

@@ -10,12 +10,16 @@ from warmroute_worker import engine
 from warmroute_worker.comm.rank_links import CollectiveError
 from warmroute_worker.messages import (
     Abort,
+    Continue,
     Failed,
     Flush,
     FrameReader,
     Generate,
     KvEvents,
     Message,
+    Pause,
+    Profile,
+    Reply,
     Shutdown,
     encode,
 )
@@ -92,14 +96,14 @@ def main(sock: socket.socket, args: WorkerArgs, links: RankLinks) -> int:
 
 def serve(link: Link, engine: Engine, links: RankLinks) -> int:
     """Take what has arrived, compute one step, say what it brought; until the other end is gone or says Shutdown."""
-    while (messages := link.receive(wait=engine.is_idle)) is not None:
+    while (messages := link.receive(wait=engine.is_idle or engine.is_paused)) is not None:
         links.beat()
         for message in messages:
             if isinstance(message, Shutdown):
                 engine.close()
                 return 0
             _deliver(message, engine, link)
-        if not engine.is_idle:
+        if not engine.is_idle and not engine.is_paused:
             link.send(engine.step())
         if events := engine.cache_events.drain():
             link.send(KvEvents(events))
@@ -115,5 +119,14 @@ def _deliver(message: Message, engine: Engine, link: Link) -> None:
             engine.scheduler.abort(message.rid)
         case Flush():
             link.send(engine.scheduler.flush(message.id))
+        case Pause():
+            for output in engine.pause(retract=message.mode == "retract"):
+                link.send(output)
+            link.send(Reply(message.id, True, "paused"))
+        case Continue():
+            engine.is_paused = False
+            link.send(Reply(message.id, True, "going on"))
+        case Profile():
+            link.send(Reply(message.id, *engine.profile(message.folder)))
         case _:
             raise ValueError(f"{type(message).__name__} is not for the driver")

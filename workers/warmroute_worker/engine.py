@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from warmroute_worker import model_config, model_folder
 from warmroute_worker.comm import rank_links
 from warmroute_worker.executor import ranks
+from warmroute_worker.executor.executor import StepOutOfMemoryError
 from warmroute_worker.kv.cache import KvCache
 from warmroute_worker.kv.events import CacheEvents
 from warmroute_worker.messages import Ready
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     from warmroute_worker.executor.executor import Executor
     from warmroute_worker.messages import StepOutput
     from warmroute_worker.model_config import ModelConfig
+
+
+log = logging.getLogger("warmroute_worker.engine")
+
+MOST_FAILURES = 8
+"""Steps that run out of memory one after the other before those in them are refused."""
 
 
 class Engine:
@@ -39,10 +47,14 @@ class Engine:
             chunked_prefill_size=args.chunked_prefill_size,
             schedule_policy=args.schedule_policy,
             schedule_conservativeness=args.schedule_conservativeness,
+            priorities=args.enable_priority_scheduling,
             random_seed=args.random_seed,
             depth=facts.depth,
         )
         self._depth, self._under_way = facts.depth, 0
+        self._failures = 0
+        """Steps in a row that ran out of memory."""
+        self.is_paused = False
         self.scheduler = Scheduler(limits, self.cache)
         self.ready = Ready(
             context_length=facts.context_length,
@@ -57,6 +69,7 @@ class Engine:
             device=facts.device,
             weight_bytes=facts.weight_bytes,
             kv_pool_bytes=facts.kv_pool_bytes,
+            attention_backend=facts.attention_backend,
             layout=str(args.layout),
             collectives=facts.collectives,
         )
@@ -76,14 +89,45 @@ class Engine:
             if not len(plan) and self._under_way:
                 self.scheduler.withdraw()
                 break
-            self.executor.submit(plan)
+            try:
+                self.executor.submit(plan)
+            except StepOutOfMemoryError as error:
+                return self._step_failed(error)
             self._under_way += 1
+            self._failures = 0
+        return self._collect()
+
+    def pause(self, *, retract: bool) -> list[StepOutput]:
+        """Begin no step until `is_paused` is false again; what the steps under way bring.
+
+        `retract`: those that run give up their pages and are computed again later.
+        """
+        self.is_paused = True
+        outputs = [self._collect() for _ in range(self._under_way)]
+        if retract:
+            self.scheduler.retract_all()
+        return outputs
+
+    def profile(self, folder: str | None) -> tuple[bool, str]:
+        """Begin a trace on every rank, or end it; whether that could be done, and a line for the user."""
+        return self.executor.profile(folder)
+
+    def _collect(self) -> StepOutput:
         drawn = self.executor.collect()
         self._under_way -= 1
         output = self.scheduler.apply(*drawn)
         if self.is_idle:
             self.cache.check_balance()
         return output
+
+    def _step_failed(self, error: StepOutOfMemoryError) -> StepOutput:
+        """Those it computed wait again, and prefill chunks are halved; when that does not help, they are refused."""
+        self._failures += 1
+        self.scheduler.fail(f"the step ran out of memory: {error}" if self._failures >= MOST_FAILURES else None)
+        log.warning(
+            "a step ran out of memory (%s); prefill chunks are %d tokens now", error, self.scheduler.halve_chunks()
+        )
+        return self.scheduler.report()
 
     def close(self) -> None:
         """Nothing will follow."""

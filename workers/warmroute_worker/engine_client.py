@@ -15,8 +15,13 @@ from warmroute_worker import messages
 from warmroute_worker.kv_event_log import KvEventLog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from warmroute_worker.metrics import Metrics
     from warmroute_worker.request_state import RequestState
+
+
+_Question = messages.Flush | messages.Pause | messages.Continue | messages.Profile
 
 
 class Phase(enum.Enum):
@@ -48,8 +53,8 @@ class EngineClient(asyncio.Protocol):
         self._metrics = metrics
         self._reader = messages.FrameReader()
         self._transport: asyncio.WriteTransport | None = None
-        self._flushes: dict[int, asyncio.Future[messages.FlushResult]] = {}
-        self._flush_count = 0
+        self._replies: dict[int, asyncio.Future[messages.Reply]] = {}
+        self._asked = 0
 
     def __repr__(self) -> str:
         return f"<EngineClient {self.phase.value}, {len(self.live)} live>"
@@ -86,16 +91,34 @@ class EngineClient(asyncio.Protocol):
             return None
         return self.load, self.facts.max_running_requests
 
-    async def flush(self) -> messages.FlushResult:
+    async def flush(self) -> messages.Reply:
         """Empties the prefix cache; not ok when requests run. Raises ConnectionError when the driver is gone."""
-        self._flush_count += 1
-        future: asyncio.Future[messages.FlushResult] = asyncio.get_running_loop().create_future()
-        self._flushes[self._flush_count] = future
-        self._send(messages.Flush(id=self._flush_count))
+        return await self._ask(lambda number: messages.Flush(number))
+
+    async def pause(self, mode: str) -> messages.Reply:
+        """Nothing is computed until `resume`; see `messages.Pause`. Raises ConnectionError."""
+        if mode == "abort":
+            self.abort(None)
+        return await self._ask(lambda number: messages.Pause(number, mode))
+
+    async def resume(self) -> messages.Reply:
+        """Raises ConnectionError."""
+        return await self._ask(lambda number: messages.Continue(number))
+
+    async def profile(self, folder: str | None) -> messages.Reply:
+        """Begins a trace, or ends it; see `messages.Profile`. Raises ConnectionError."""
+        return await self._ask(lambda number: messages.Profile(number, folder))
+
+    async def _ask(self, question: Callable[[int], _Question]) -> messages.Reply:
+        self._asked += 1
+        number = self._asked
+        future: asyncio.Future[messages.Reply] = asyncio.get_running_loop().create_future()
+        self._replies[number] = future
+        self._send(question(number))
         try:
             return await future
         finally:
-            self._flushes.pop(self._flush_count, None)
+            self._replies.pop(number, None)
 
     def shut_down(self) -> None:
         """Tells the driver to end; nothing may be submitted afterwards."""
@@ -121,8 +144,8 @@ class EngineClient(asyncio.Protocol):
                     self._lost(message.message)
                 case messages.KvEvents():
                     self.kv_events.append(message.events)
-                case messages.FlushResult():
-                    waiting = self._flushes.get(message.id)
+                case messages.Reply():
+                    waiting = self._replies.get(message.id)
                     if waiting is not None and not waiting.done():
                         waiting.set_result(message)
                 case _:
@@ -169,7 +192,7 @@ class EngineClient(asyncio.Protocol):
         for state in list(self.live.values()):
             self._forget(state.rid)
             state.fail("error", message)
-        for waiting in self._flushes.values():
+        for waiting in self._replies.values():
             if not waiting.done():
                 waiting.set_exception(ConnectionError(message))
 
@@ -184,6 +207,6 @@ class EngineClient(asyncio.Protocol):
         self.phase = phase
         self.phase_changed.set()
 
-    def _send(self, message: messages.Generate | messages.Abort | messages.Flush | messages.Shutdown) -> None:
+    def _send(self, message: messages.Generate | messages.Abort | messages.Shutdown | _Question) -> None:
         if self._transport is not None:
             self._transport.write(messages.encode(message))

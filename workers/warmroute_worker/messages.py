@@ -55,6 +55,8 @@ class Generate:
     stop_token_ids: list[int] = dataclasses.field(default_factory=list)
     """End the request besides the model's own eos ids; heeded even with `ignore_eos`."""
     sampling: Sampling = Sampling()
+    priority: int = 0
+    """With `--enable-priority-scheduling` higher ones are admitted first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,36 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Empty the prefix cache; refused while requests run or wait. Answered by `FlushResult` with the same `id`."""
+    """Empty the prefix cache; refused while requests run or wait. Answered by `Reply` with the same `id`."""
 
     id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Compute nothing until `Continue`. Answered by `Reply`.
+
+    `mode`, as in SGLang: `abort` (the HTTP process ends what runs), `in_place` (what runs keeps its pages), `retract`
+    (it gives them up, so that the cache can be flushed, and is computed again later).
+    """
+
+    id: int
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """Go on. Answered by `Reply`."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Begin a trace of every rank's work into `folder`, or with None end it and write it. Answered by `Reply`."""
+
+    id: int
+    folder: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +126,8 @@ class Ready:
     weight_bytes: int
     """Of all ranks together, as is the next: what each rank has a copy of counts as often."""
     kv_pool_bytes: int
+    attention_backend: str
+    """`native`: our own kernel; `torch_native`: torch's."""
     layout: str
     """How the model is divided, such as `tp 2, pp 2`; empty for one rank."""
     collectives: str
@@ -165,17 +196,19 @@ class KvEvents:
 
 
 @dataclass(frozen=True, slots=True)
-class FlushResult:
+class Reply:
+    """To the message with the same `id`."""
+
     id: int
     ok: bool
     message: str
 
 
-Message = Generate | Abort | Flush | Shutdown | Ready | Failed | StepOutput | KvEvents | FlushResult
+Message = (
+    Generate | Abort | Flush | Pause | Continue | Profile | Shutdown | Ready | Failed | StepOutput | KvEvents | Reply
+)
 
-_CLASSES: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (Generate, Abort, Flush, Shutdown, Ready, Failed, StepOutput, KvEvents, FlushResult)
-}
+_CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in Message.__args__}
 _LENGTH = struct.Struct("<I")
 
 

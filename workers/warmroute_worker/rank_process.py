@@ -37,6 +37,14 @@ def run(rank: int, args: WorkerArgs, region: Region, sock: socket.socket | None)
     timeout = args.watchdog_timeout + PEER_GRACE_SECONDS
     region.set(rank, "pid", os.getpid())
     links = RankLinks(args.layout.place(rank), region, timeout, usable_cores(), torch_backend(args))
+    if args.enable_p2p_check:
+        try:
+            reach = links.measure_reach()
+        except CollectiveError as error:
+            reach = str(error)
+            links.abort(reach)
+        if rank == 0:
+            log.warning("%s", reach)
     return _follow(args, links) if sock is None else driver.main(sock, args, links)
 
 

@@ -128,6 +128,10 @@ class RequestState:
             self.changed.set()
         return stopped_here and finish_reason is None
 
+    def begin_with(self, text: str) -> None:
+        """Put `text` before the answer, which stop strings do not look at."""
+        self._pending.append(text)
+
     def fail(self, kind: Literal["abort", "error"], message: str) -> None:
         self.finish = Finish(kind, message=message)
         self.changed.set()

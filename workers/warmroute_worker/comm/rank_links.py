@@ -5,19 +5,27 @@ For a worker of one rank all of it is empty, so that nothing above has to ask.
 
 from __future__ import annotations
 
+import os
+import time
 from typing import TYPE_CHECKING
+
+import torch
 
 from warmroute_worker._native import CollectiveError, Region
 from warmroute_worker.comm.tensor_group import Alone, SharedMemoryGroup
 
 if TYPE_CHECKING:
-    import torch
-
     from warmroute_worker._native import Group
     from warmroute_worker.comm.tensor_group import TensorGroup
     from warmroute_worker.topology import Layout, Place
 
 __all__ = ["CollectiveError", "RankLinks"]
+
+TWO_STAGES_FROM = 64 << 10
+"""Larger vectors of more than two ranks are summed in two stages, unless SGLANG_USE_1STAGE_ALLREDUCE is 1: each rank
+then reads 2/N of what it reads in one. The bits are the same."""
+
+_CHECKS = 200
 
 SPIN_US = 500
 """How long a rank waits awake before it sleeps, where each rank has a core; after the first 20 us it lets others go
@@ -61,7 +69,25 @@ class RankLinks:
     def _open(self, name: str) -> Group:
         assert self._region is not None
         index = self.place.layout.group_index(name)
-        return self._region.group(index, self.place.rank, self._spin_us, self._timeout, None)
+        one_stage = os.environ.get("SGLANG_USE_1STAGE_ALLREDUCE") == "1"
+        return self._region.group(
+            index, self.place.rank, self._spin_us, self._timeout, None if one_stage else TWO_STAGES_FROM
+        )
+
+    def measure_reach(self) -> str:
+        """Whether every rank reads what the others write, and how fast; a line for the operator."""
+        if self._plans is None:
+            return "p2p check: there is one rank, so there are no peers"
+        began = time.perf_counter()
+        for _ in range(_CHECKS):
+            self._plans.barrier()
+        latency = (time.perf_counter() - began) / _CHECKS
+        ranks = self.place.layout.world_size
+        numbers = torch.full((1 << 16,), 1.0 + self.place.rank)
+        seen = [int(text) for text in self.exchange(str(int(numbers[0])))]
+        if seen != list(range(1, ranks + 1)):
+            raise CollectiveError(f"peer access is not supported between these two devices: rank {self.place.rank}")
+        return f"p2p check: {ranks} ranks reach each other's memory; a barrier takes {latency * 1e6:.0f} us"
 
     def _torch_group(self, backend: str) -> TensorGroup:
         """The driver chooses a port; everybody joins it there, within the time-out."""

@@ -59,7 +59,11 @@ class SharedMemoryGroup:
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         host = x.contiguous() if x.device.type == "cpu" else x.cpu()
-        self._group.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
+        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+            with torch.profiler.record_function("all_reduce"):
+                self._group.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
+        else:
+            self._group.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
         return host if host.device == x.device else host.to(x.device)
 
     def join_columns(self, x: torch.Tensor, total: int) -> torch.Tensor | None:

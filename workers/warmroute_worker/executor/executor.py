@@ -27,10 +27,15 @@ class ExecutorFacts:
     weight_bytes: int
     """Of all ranks together, as is the next."""
     kv_pool_bytes: int
+    attention_backend: str
     collectives: str
     """What carries sums between ranks."""
     depth: int
     """Plans that may be under way at once: with fewer, some rank has nothing to do."""
+
+
+class StepOutOfMemoryError(Exception):
+    """A step did not run, and nothing of it counts."""
 
 
 class Executor(Protocol):
@@ -40,11 +45,15 @@ class Executor(Protocol):
     def facts(self) -> ExecutorFacts: ...
 
     def submit(self, plan: StepPlan) -> None:
-        """Begin a step."""
+        """Begin a step. Raises StepOutOfMemoryError."""
         ...
 
     def collect(self) -> Drawn:
         """What the oldest plan brought that has not been collected."""
+        ...
+
+    def profile(self, folder: str | None) -> tuple[bool, str]:
+        """Begin a trace of every rank into `folder`, or with None end it; whether it could, and a line for the user."""
         ...
 
     def close(self) -> None:

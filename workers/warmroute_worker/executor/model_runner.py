@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from warmroute_worker import topology
 from warmroute_worker.executor import memory
 from warmroute_worker.kv.pool import KvPool, page_bytes
-from warmroute_worker.layers import linear
+from warmroute_worker.layers import linear, native
 from warmroute_worker.layers.attention import PagedAttention, rounded_up
 from warmroute_worker.model_config import ModelError
 from warmroute_worker.models import registry
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from warmroute_worker.step_plan import StepPlan
     from warmroute_worker.topology import Place
 
+
+log = logging.getLogger("warmroute_worker.model_runner")
 
 SINGLE_THREAD_BYTES = 64 << 20
 """Weights that do not fit a core's share of cache are read faster by several threads, whatever the batch."""
@@ -78,7 +81,15 @@ class ModelRunner:
             self.pool = KvPool(layers, sizes.num_pages, args.page_size, kv_shape, sizes.dtype, sizes.device)
         rounded = ROWS_TOGETHER if args.enable_deterministic_inference else 1
         self._rounded = rounded
-        self.attention = PagedAttention(self.pool, args.max_running_requests, sizes.context_length, rounded)
+        own_kernel = native.usable(sizes.dtype, sizes.device) and (
+            args.attention_backend == "auto" or args.enable_deterministic_inference
+        )
+        self.attention_backend = "native" if own_kernel else "torch_native"
+        if args.attention_backend not in ("auto", self.attention_backend) and place.rank == 0:
+            log.warning("--attention-backend %s: %s is used", args.attention_backend, self.attention_backend)
+        self.attention = PagedAttention(
+            self.pool, args.max_running_requests, sizes.context_length, rounded, own_kernel=own_kernel
+        )
         self._hidden = config.hidden_size
         self._threads = args.threads or max(1, usable_cores() // place.layout.world_size)
         self._single_thread_tokens = _single_thread_tokens(
@@ -170,6 +181,11 @@ def _load(folder: Path, config: ModelConfig, args: WorkerArgs, sizes: Sizes, sta
 def _device(name: str, rank: int) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda: torch finds no CUDA device; use --device cpu")
+    if name in ("xpu", "npu"):
+        found = getattr(torch, name, None)
+        if found is None or not found.is_available():
+            raise ModelError(f"--device {name}: torch.{name} is not available in this build; use cpu or cuda")
+        raise ModelError(f"--device {name}: this worker runs on cpu and cuda")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # More ranks than devices share them.

@@ -6,23 +6,23 @@ vectors to the next, the last draws the tokens and returns them to the driver. W
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgpack
+import torch
 
 from warmroute_worker.executor import model_runner, sampler
-from warmroute_worker.executor.executor import ExecutorFacts
+from warmroute_worker.executor.executor import ExecutorFacts, StepOutOfMemoryError
 from warmroute_worker.messages import TokenLogprobs
 from warmroute_worker.startup_error import StartupError
 from warmroute_worker.step_plan import StepPlan
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-
     from warmroute_worker.args import WorkerArgs
     from warmroute_worker.comm.rank_links import RankLinks
     from warmroute_worker.executor.executor import Drawn
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 NO_PLAN = b""
 """What ends the ranks' work."""
 
+ORDER = b"order:"
+"""What is no plan begins so. A plan begins with a count of tokens, which is far below these letters as a number."""
+START_TRACE, STOP_TRACE = ORDER + b"start trace:", ORDER + b"stop trace"
+
+
+_NO_TRACE = contextlib.nullcontext()
+
 
 class Rank:
     """One rank: its runner, and its links to the others."""
@@ -38,6 +45,8 @@ class Rank:
     def __init__(self, folder: Path, config: ModelConfig, args: WorkerArgs, links: RankLinks) -> None:
         """Raises StartupError, on every rank when it is raised on one."""
         self.place, self._links = links.place, links
+        self.trace: tuple[torch.profiler.profile, Path] | None = None
+        """While one is being made, and where it goes."""
         sizes = model_runner.measure(config, args, links.place, links.group)
         # The least of all, so that a page number means the same everywhere.
         pages = [int(text) for text in links.exchange(str(sizes.num_pages))]
@@ -53,6 +62,7 @@ class Rank:
             device=sizes.device.type,
             weight_bytes=sum(weights for weights, _ in totals),
             kv_pool_bytes=sum(pool for _, pool in totals),
+            attention_backend=self.runner.attention_backend,
             collectives=links.group.name,
             depth=links.place.layout.pp_size,
         )
@@ -62,13 +72,31 @@ class Rank:
         begin = time.perf_counter_ns()
         links = self._links
         waited = links.comm_ns
-        result = self.runner.forward(plan, None if self.place.is_first_stage else links.take)
+        with torch.profiler.record_function(f"step of {len(plan.token_ids)} tokens") if self.trace else _NO_TRACE:
+            result = self.runner.forward(plan, None if self.place.is_first_stage else links.take)
         if not self.place.is_last_stage:
             assert result is not None
             links.hand_on(result)
         drawn = self._draw(plan, result) if self.place.samples else None
         links.stepped(time.perf_counter_ns() - begin - (links.comm_ns - waited))
         return drawn
+
+    def obey(self, order: bytes) -> str:
+        """Begin or end a trace; a line for the user. Raises OSError."""
+        if self.trace is None:
+            folder = Path(order.removeprefix(START_TRACE).decode())
+            folder.mkdir(parents=True, exist_ok=True)
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self.facts.device == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self.trace = torch.profiler.profile(activities=activities), folder
+            self.trace[0].start()
+            return f"tracing every rank into {folder}"
+        (trace, folder), self.trace = self.trace, None
+        trace.stop()
+        path = folder / f"rank{self.place.rank}-{os.getpid()}.trace.json"
+        trace.export_chrome_trace(str(path))
+        return f"written: {path}"
 
     def _draw(self, plan: StepPlan, logits: torch.Tensor | None) -> Drawn:
         if logits is None:
@@ -91,7 +119,23 @@ class RankExecutor:
             self._drawn.append(([], {}))
             return
         self.links.send_plan(plan.encode())
-        self._drawn.append(self.rank.run(plan))
+        try:
+            self._drawn.append(self.rank.run(plan))
+        except (MemoryError, RuntimeError) as error:
+            # Alone it can be tried again with less; with others waiting for this rank's sums, it cannot.
+            if self.rank.place.layout.world_size == 1 and is_out_of_memory(error):
+                raise StepOutOfMemoryError(str(error).splitlines()[0] if str(error) else "MemoryError") from error
+            raise
+
+    def profile(self, folder: str | None) -> tuple[bool, str]:
+        if (folder is None) == (self.rank.trace is None):
+            return False, "there is no trace to end" if folder is None else "a trace is being made already"
+        order = START_TRACE + folder.encode() if folder is not None else STOP_TRACE
+        self.links.send_plan(order)
+        try:
+            return True, self.rank.obey(order)
+        except OSError as error:
+            return False, f"the trace could not be written: {error}"
 
     def collect(self) -> Drawn:
         drawn = self._drawn.popleft()
@@ -104,9 +148,19 @@ class RankExecutor:
 def follow(rank: Rank, links: RankLinks) -> None:
     """What every rank but the driver does until nothing more is to be done. Raises CollectiveError when one is gone."""
     while data := links.take_plan():
+        if data.startswith(ORDER):
+            with contextlib.suppress(OSError):  # the driver has the same trouble and says so
+                rank.obey(data)
+            continue
         drawn = rank.run(StepPlan.decode(data))
         if drawn is not None:
             links.send_tokens(_encoded(drawn))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says it in a RuntimeError on CPU."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def start(folder: Path, config: ModelConfig, args: WorkerArgs, links: RankLinks) -> Rank:

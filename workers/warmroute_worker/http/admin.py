@@ -8,19 +8,29 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import os
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from warmroute_worker.http.errors import ApiError, ErrorCode
+from warmroute_worker.http import fields
+from warmroute_worker.http.errors import ApiError, ErrorCode, invalid
 from warmroute_worker.http.service import SERVICE
 from warmroute_worker.http.sse import json_bytes
 from warmroute_worker.metrics import cache_hit_rate
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from warmroute_worker import messages
+    from warmroute_worker.engine_client import EngineClient
     from warmroute_worker.http.service import Service
+
+
+PAUSE_MODES = ("abort", "in_place", "retract")
 
 
 async def health(request: web.Request) -> web.Response:
@@ -107,15 +117,48 @@ async def loads(request: web.Request) -> web.Response:
 
 async def flush_cache(request: web.Request) -> web.Response:
     """Empties the prefix cache; 400 when requests run, whose pages it would take."""
+    await _asked(request, lambda engine: engine.flush())
+    return web.Response(text="Cache flushed.\n")
+
+
+async def pause_generation(request: web.Request) -> web.Response:
+    """`{"mode"}`: abort (the default), in_place or retract."""
+    body = fields.json_object(await request.read() or b"{}")
+    mode = fields.text(body, "mode", "abort")
+    if mode not in PAUSE_MODES:
+        raise invalid(f"`mode` must be one of {', '.join(PAUSE_MODES)}, got {mode!r}", "mode")
+    await _asked(request, lambda engine: engine.pause(mode))
+    return _json({"message": "Generation paused.", "mode": mode})
+
+
+async def continue_generation(request: web.Request) -> web.Response:
+    await _asked(request, lambda engine: engine.resume())
+    return _json({"message": "Generation goes on."})
+
+
+async def start_profile(request: web.Request) -> web.Response:
+    """`{"output_dir"}`, else the folder that SGLANG_TORCH_PROFILER_DIR names, else the system's temporary one."""
+    body = fields.json_object(await request.read() or b"{}")
+    default = os.environ.get("SGLANG_TORCH_PROFILER_DIR", tempfile.gettempdir())
+    folder = fields.text(body, "output_dir", default) or default
+    return _json({"message": await _asked(request, lambda engine: engine.profile(folder))})
+
+
+async def stop_profile(request: web.Request) -> web.Response:
+    return _json({"message": await _asked(request, lambda engine: engine.profile(None))})
+
+
+async def _asked(request: web.Request, question: Callable[[EngineClient], Awaitable[messages.Reply]]) -> str:
+    """The engine's answer. Raises ApiError if it is no, or if there is no engine."""
     service = request.app[SERVICE]
     service.facts()
     try:
-        result = await service.engine.flush()
+        result = await question(service.engine)
     except ConnectionError as error:
         raise ApiError(ErrorCode.ENGINE_FAILED, f"the engine has failed: {error}") from error
     if not result.ok:
         raise ApiError(ErrorCode.BUSY, result.message)
-    return web.Response(text="Cache flushed.\n")
+    return result.message
 
 
 async def ranks(request: web.Request) -> web.Response:

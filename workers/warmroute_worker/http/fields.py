@@ -161,6 +161,11 @@ def names(fields: Mapping[str, Any], header: str | None, count: int) -> list[str
     raise invalid(f"`rid` must be a string, or a list of {count} strings", "rid")
 
 
+def priority(fields: Mapping[str, Any]) -> int:
+    """0 if none is given."""
+    return _Reader(fields, "").integer("priority", 0, -(1 << 31), 1 << 31) or 0
+
+
 def check_rank(fields: Mapping[str, Any]) -> None:
     """Routers pin requests to data-parallel ranks with these fields; there is one rank."""
     for name in ("routed_dp_rank", "data_parallel_rank"):

@@ -37,8 +37,13 @@ class Generation:
         *,
         stream: bool,
         names: Sequence[str] | None = None,
+        priority: int = 0,
+        echo: bool = False,
     ) -> None:
-        """`names`: what the client calls each prompt. Raises ApiError when these (field `param`) cannot be taken."""
+        """`names`: what the client calls each prompt. `echo`: answers begin with their prompts.
+
+        Raises ApiError when the prompts (field `param`) cannot be taken.
+        """
         facts = service.admit(prompts, param, sampling.num_answers)
         self.id = uuid.uuid4().hex
         self.tokenizer = service.tokenizer
@@ -68,6 +73,8 @@ class Generation:
                     now=now,
                 )
             )
+            if echo:
+                self.states[-1].begin_with(service.tokenizer.decode(prompt))
             self._requests.append(
                 messages.Generate(
                     rid=rid,
@@ -75,6 +82,7 @@ class Generation:
                     max_new_tokens=room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room),
                     ignore_eos=sampling.ignore_eos,
                     stop_token_ids=list(sampling.stop_token_ids),
+                    priority=priority,
                     sampling=messages.Sampling(
                         temperature=sampling.temperature,
                         top_k=sampling.top_k,

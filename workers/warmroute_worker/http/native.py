@@ -72,7 +72,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     stream = fields.boolean(body, "stream", False)
     prompts = [await service.token_ids(prompt, param, add_special_tokens=True) for prompt in parsed]
     names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
-    generation = Generation(service, prompts, param, sampling, stream=stream, names=names)
+    priority = fields.priority(body)
+    generation = Generation(service, prompts, param, sampling, stream=stream, names=names, priority=priority)
     if stream:
         return await stream_answer(request, generation, _Chunks(generation, batch))
     with generation:

@@ -42,7 +42,6 @@ _CHAT_REFUSED = {
 }
 _COMPLETION_REFUSED = {
     "response_format": ({"type": "text"},),
-    "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
     **_SAMPLING_REFUSED,
@@ -65,7 +64,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     stream = fields.boolean(body, "stream", False)
     prompt = await service.token_ids(text, "messages", add_special_tokens=False)  # the template has written them
     names = fields.names(body, request.headers.get("x-request-id"), 1)
-    generation = Generation(service, [prompt], "messages", sampling, stream=stream, names=names)
+    priority = fields.priority(body)
+    generation = Generation(service, [prompt], "messages", sampling, stream=stream, names=names, priority=priority)
     return await _answer(request, generation, _CHAT, body, stream)
 
 
@@ -79,9 +79,15 @@ async def completions(request: web.Request) -> web.StreamResponse:
     sampling = _sampling(body, "max_tokens", _COMPLETION_TOKENS, facts.vocab_size, told)
     given = fields.prompts(body.get("prompt"), "prompt", facts.vocab_size)
     stream = fields.boolean(body, "stream", False)
+    echo = fields.boolean(body, "echo", False)
+    if echo and told is not None:
+        raise invalid("`echo` with `logprobs` would need logprobs of the prompt, which are not computed", "echo")
     prompts = [await service.token_ids(prompt, "prompt", add_special_tokens=True) for prompt in given]
     names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
-    generation = Generation(service, prompts, "prompt", sampling, stream=stream, names=names)
+    priority = fields.priority(body)
+    generation = Generation(
+        service, prompts, "prompt", sampling, stream=stream, names=names, priority=priority, echo=echo
+    )
     return await _answer(request, generation, _COMPLETION, body, stream)
 
 

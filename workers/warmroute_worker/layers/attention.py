@@ -79,11 +79,13 @@ class AttentionBatch:
 class PagedAttention:
     """Owns the page table and the scratch memory; reads and writes the pool."""
 
-    def __init__(self, pool: KvPool, num_rows: int, context_length: int, rounded: int = 1) -> None:
+    def __init__(
+        self, pool: KvPool, num_rows: int, context_length: int, rounded: int = 1, *, own_kernel: bool = False
+    ) -> None:
         """`rounded`: steps have a multiple of so many tokens; more than 1 (only with our own kernel): the others see
         nothing and are stored nowhere, and prefills are computed as decodes are, so that nobody's company shows."""
         self._pool = pool
-        self._native = native.usable(pool.data.dtype, pool.data.device)
+        self._native = own_kernel
         self._rounded, self._deterministic = rounded, rounded > 1
         assert self._native or not self._deterministic
         self._page_size = pool.page_size

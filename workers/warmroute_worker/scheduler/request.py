@@ -28,6 +28,7 @@ class Request:
         "max_new_tokens",
         "num_computed",
         "page_size",
+        "priority",
         "prompt_length",
         "rid",
         "row",
@@ -46,6 +47,7 @@ class Request:
         sampling: Sampling,
         seed: int,
         page_size: int,
+        priority: int = 0,
     ) -> None:
         """`seed` is what random numbers are made from, whether the client chose it or not."""
         self.rid = rid
@@ -56,6 +58,7 @@ class Request:
         self.sampling = sampling
         self.seed = seed
         self.page_size = page_size
+        self.priority = priority
         self.num_computed = 0
         """Tokens whose keys and values are in the pool, or will be by the time that a later plan runs."""
         self.epoch = 0

@@ -11,12 +11,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from warmroute_worker.messages import FlushResult, Load, Row, StepOutput
+from warmroute_worker.messages import Load, Reply, Row, StepOutput
 from warmroute_worker.scheduler.admission import NewTokenRatio, refusal
 from warmroute_worker.scheduler.batch import Chunk, step_plan
 from warmroute_worker.scheduler.request import Request
@@ -56,6 +57,8 @@ class Limits:
     """fcfs or lpm."""
     schedule_conservativeness: float
     random_seed: int
+    priorities: bool = False
+    """Whether requests with a higher priority are admitted first."""
     depth: int = 1
     """Plans that may be under way at once."""
 
@@ -119,6 +122,7 @@ class Scheduler:
             message.sampling,
             seed % (1 << 64),
             limits.page_size,
+            message.priority if limits.priorities else 0,
         )
         cached = self._cache.match_length(self._matchable(request)) * limits.page_size
         request.expected_uncached = request.prompt_length - cached
@@ -136,13 +140,13 @@ class Scheduler:
         self._finish(request)
         self._rows.append(Row(rid, [], "abort", request.cached_tokens or 0, None))
 
-    def flush(self, flush_id: int) -> FlushResult:
+    def flush(self, flush_id: int) -> Reply:
         """Empty the prefix cache, unless requests run or wait."""
         if self._requests:
             count = len(self._requests)
-            return FlushResult(flush_id, False, f"the cache was not flushed: {count} requests are running or waiting")
+            return Reply(flush_id, False, f"the cache was not flushed: {count} requests are running or waiting")
         self._cache.flush()
-        return FlushResult(flush_id, True, "the cache was flushed")
+        return Reply(flush_id, True, "the cache was flushed")
 
     def schedule(self) -> StepPlan:
         """The next step; an empty plan if nothing can run."""
@@ -163,12 +167,34 @@ class Scheduler:
         chunks = self._under_way.pop()
         assert not chunks
 
-    def fail(self) -> None:
-        """The oldest plan under way did not run, for lack of memory: those it computed wait and are computed again."""
-        for request, start, _, _, epoch in reversed(self._under_way.popleft()):
-            if request.epoch == epoch:
-                request.num_computed = start
+    def fail(self, refusal: str | None = None) -> None:
+        """The newest plan did not run, for lack of memory: those it computed wait and are computed again, or are
+        refused for that reason."""
+        for request, start, _, _, epoch in reversed(self._under_way.pop()):
+            if request.epoch != epoch:
+                continue
+            request.num_computed = start
+            if refusal is None:
                 self._retract(request)
+            else:
+                self._finish(request)
+                self._rows.append(Row(request.rid, [], "error", request.cached_tokens or 0, refusal))
+
+    def retract_all(self) -> None:
+        """Nobody runs any more; all wait, the oldest first. Nothing may be under way."""
+        for request in reversed(self._running[:]):
+            self._retract(request)
+
+    def halve_chunks(self) -> int:
+        """From now on half as many prompt tokens per step, but one page at least; how many."""
+        size = max(self._prefill_budget() // 2, self._limits.page_size)
+        self._limits = dataclasses.replace(self._limits, chunked_prefill_size=size)
+        return size
+
+    def report(self) -> StepOutput:
+        """What is new without a step."""
+        rows, self._rows = self._rows, []
+        return StepOutput(rows, self.load())
 
     def apply(self, token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS) -> StepOutput:
         """Take the tokens of the oldest plan under way, one per sampled sequence in its order, and say what is new.
@@ -275,11 +301,17 @@ class Scheduler:
         self._waiting.extendleft(reversed(deferred))
 
     def _order(self) -> None:
-        """With lpm: those that were retracted, then by the pages of their prompts that are cached, then by arrival."""
+        """With lpm: those that were retracted, then by the pages of their prompts that are cached, then by arrival.
+        Priorities come before all that."""
+        if self._limits.priorities and len(self._waiting) > 1:
+            self._waiting = deque(sorted(self._waiting, key=lambda request: -request.priority))
         if self._limits.schedule_policy != "lpm" or not 1 < len(self._waiting) <= ORDERED_REQUESTS:
             return
         if self._free_rows:
-            key = {r.rid: (r.num_new == 0, -self._cache.match_length(self._matchable(r))) for r in self._waiting}
+            key = {
+                r.rid: (-r.priority, r.num_new == 0, -self._cache.match_length(self._matchable(r)))
+                for r in self._waiting
+            }
             self._waiting = deque(sorted(self._waiting, key=lambda request: key[request.rid]))
 
     def _wanted_pages(self, request: Request) -> tuple[int, int]:
