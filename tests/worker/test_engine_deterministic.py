@@ -10,12 +10,11 @@ import torch
 
 from tests.worker.engine_fixtures import FAMILIES, GREEDY, VOCAB_SIZE, load_engine, make_model
 from warmroute_worker.executor.ranks import RankExecutor
-from warmroute_worker.layers import linear
 from warmroute_worker.messages import Generate
 from warmroute_worker.model_config import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from warmroute_worker.engine import Engine
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 
 PROMPTS = [[(7 * n + 3 * k * k + k) % VOCAB_SIZE for k in range(length)] for n, length in enumerate((1, 9, 33, 70))]
 NEW = 6
-
-
-@pytest.fixture(autouse=True)
-def packed_from() -> Iterator[None]:
-    before = linear.PACKED_FROM
-    yield
-    linear.PACKED_FROM = before
 
 
 class Recorded:

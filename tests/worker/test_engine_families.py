@@ -22,12 +22,14 @@ from tests.worker.engine_fixtures import (
     make_model,
     make_reference,
 )
+from warmroute_worker.executor import model_runner
 from warmroute_worker.executor.ranks import RankExecutor
 from warmroute_worker.layers import native
 from warmroute_worker.layers.experts import Experts, MixtureOfExperts
 from warmroute_worker.layers.linear import RmsNorm
 from warmroute_worker.messages import Generate
 from warmroute_worker.model_config import ModelError, read
+from warmroute_worker.weights.source import Packing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +106,7 @@ def test_the_same_tokens(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_tokens_from_packed_weights(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices as small as these are not packed otherwise."""
-    monkeypatch.setattr("warmroute_worker.layers.linear.PACKED_FROM", 0)
+    monkeypatch.setattr(model_runner, "Packing", lambda **_: Packing(smallest=0))
     reference = make_reference(tmp_path, family=family)
     assert answers(greedy(load_engine(tmp_path, chunked_prefill_size=17), reference.prompts)) == reference.answers
 

@@ -14,14 +14,14 @@ import torch
 from warmroute_worker import topology
 from warmroute_worker.executor import memory
 from warmroute_worker.kv.pool import KvPool, page_bytes
-from warmroute_worker.layers import linear, native
+from warmroute_worker.layers import native
 from warmroute_worker.layers.attention import PagedAttention, rounded_up
 from warmroute_worker.model_config import ModelError
 from warmroute_worker.models import registry
 from warmroute_worker.models.decoder import Stage
 from warmroute_worker.weights.dummy import DummyWeights
 from warmroute_worker.weights.safetensors_reader import SafetensorsReader
-from warmroute_worker.weights.source import MeasuredWeights
+from warmroute_worker.weights.source import MeasuredWeights, Packing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,9 @@ log = logging.getLogger("warmroute_worker.model_runner")
 
 SINGLE_THREAD_BYTES = 64 << 20
 """Weights that do not fit a core's share of cache are read faster by several threads, whatever the batch."""
+
+CACHED_BYTES = 16 << 20
+"""Weights of so many bytes stay in the cache from step to step, so that a product takes as long as its call."""
 
 SINGLE_THREAD_PRODUCTS = 1 << 28
 """Multiplications of a step below which waking threads for some ten operations per layer costs more than they save.
@@ -71,8 +74,6 @@ class ModelRunner:
     ) -> None:
         """`sizes.num_pages` is the same on all ranks. Raises StartupError."""
         self.stage = stage_of(config, place, group)
-        if args.enable_deterministic_inference:
-            linear.pack_everything()
         self._device, self._dtype = sizes.device, sizes.dtype
         kv_shape = config.kv_shape(place.tp_rank, place.layout.tp_size)
         layers = len(self.stage.layers)
@@ -171,10 +172,13 @@ def usable_cores() -> int:
 
 
 def _load(folder: Path, config: ModelConfig, args: WorkerArgs, sizes: Sizes, stage: Stage) -> Decoder:
+    packing = Packing(plain_for_one_row=sizes.weight_bytes <= CACHED_BYTES)
+    if args.enable_deterministic_inference:
+        packing = Packing(smallest=0)
     if args.load_format == "dummy":
-        source = DummyWeights(args.random_seed, config.initializer_range, sizes.dtype, sizes.device)
-        return registry.build(config, source, sizes.context_length, stage)
-    reader = SafetensorsReader(folder, sizes.dtype, sizes.device, config.weight_block)
+        dummy = DummyWeights(args.random_seed, config.initializer_range, sizes.dtype, sizes.device, packing)
+        return registry.build(config, dummy, sizes.context_length, stage)
+    reader = SafetensorsReader(folder, sizes.dtype, sizes.device, config.weight_block, packing)
     return registry.build(config, reader, sizes.context_length, stage)
 
 

@@ -49,9 +49,10 @@ class Experts:
 
         experts, rows = range(config.num_experts), Part.of_rows(own)
         self._gate_up = [
-            product(torch.cat([of(e, projection, (size, hidden), rows) for projection in (gate, up)])) for e in experts
+            product(source.packing, torch.cat([of(e, projection, (size, hidden), rows) for projection in (gate, up)]))
+            for e in experts
         ]
-        self._down = [product(of(e, down, (hidden, size), Part(columns=own))) for e in experts]
+        self._down = [product(source.packing, of(e, down, (hidden, size), Part(columns=own))) for e in experts]
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] rows, [tokens, k] experts and weights -> [tokens, hidden] own part of the weighted sums."""
@@ -82,7 +83,7 @@ class MixtureOfExperts:
         # Which experts are chosen must not depend on how numbers are rounded.
         router_dtype = torch.float32 if config.float32_router else None
         router = source.tensor(f"{name}.gate.weight", (config.num_experts, hidden), router_dtype)
-        self._logits, self._router_dtype = product(router), router.dtype
+        self._logits, self._router_dtype = product(source.packing, router), router.dtype
         self._score_bias: torch.Tensor | None = None
         if config.score_bias:
             bias_name = f"{name}.gate.e_score_correction_bias"

@@ -15,36 +15,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from warmroute_worker.comm.tensor_group import TensorGroup
-    from warmroute_worker.weights.source import WeightSource
+    from warmroute_worker.weights.source import Packing, WeightSource
 
 
-PACKED_FROM = 1 << 16
-"""Weights of so many numbers and more are kept in oneDNN's order on CPU: a call costs 10 us more, and the product
-itself less than half of what MKL takes on an AMD EPYC (2816 x 512, float32, one thread: 1 row 169 us for 392, 8 rows
-254 for 628, 512 rows 6.7 ms for 15.5). What comes out of a row does not depend on the others, either."""
-
-
-def pack_everything() -> None:
-    """From now on small matrices, too: for them MKL's result of a row depends on how many rows there are."""
-    global PACKED_FROM
-    PACKED_FROM = 0
-
-
-def product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+def product(
+    packing: Packing, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> x W^T + b, for [tokens, in_features]. The weight may be kept in another order: nobody should look at it."""
     packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    if packable and weight.numel() >= PACKED_FROM and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        outputs = len(weight)
-        if outputs == 1:
-            # A matrix of one row is multiplied as a vector, by another routine for each number of rows of x.
-            weight = functional.pad(weight, (0, 0, 0, 15))
-            bias = None if bias is None else functional.pad(bias, (0, 15))
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        apply = torch.ops.mkldnn._linear_pointwise.default
-        if outputs < len(weight):
-            return lambda x: apply(x, packed, bias, "none", [], "")[:, :outputs]
-        return lambda x: apply(x, packed, bias, "none", [], "")
-    return lambda x: functional.linear(x, weight, bias)
+    enabled = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not packable or not enabled or weight.numel() < packing.smallest:
+        return lambda x: functional.linear(x, weight, bias)
+    outputs = len(weight)
+    if outputs == 1:
+        # A matrix of one row is multiplied as a vector, by another routine for each number of rows of x.
+        weight = functional.pad(weight, (0, 0, 0, 15))
+        bias = None if bias is None else functional.pad(bias, (0, 15))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    apply = torch.ops.mkldnn._linear_pointwise.default
+    if outputs < len(weight):
+        return lambda x: apply(x, packed, bias, "none", [], "")[:, :outputs]
+    if packing.plain_for_one_row:
+        return lambda x: functional.linear(x, weight, bias) if len(x) == 1 else apply(x, packed, bias, "none", [], "")
+    return lambda x: apply(x, packed, bias, "none", [], "")
 
 
 class Linear:
@@ -83,7 +76,7 @@ class Linear:
             for tensor in (weight, biases):
                 if tensor is not None:
                     arrange(tensor)
-        self._product = product(weight, biases)
+        self._product = product(source.packing, weight, biases)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in_features] -> [tokens, out_features], of what this rank has of both"""
@@ -115,7 +108,8 @@ class Head:
     def __init__(self, source: WeightSource, name: str, rows: int, features: int, group: TensorGroup) -> None:
         own = topology.share(rows, group.rank, group.size)
         self._rows, self._group = rows, group
-        self._product = product(source.tensor(f"{name}.weight", (rows, features), part=Part.of_rows(own)))
+        weight = source.tensor(f"{name}.weight", (rows, features), part=Part.of_rows(own))
+        self._product = product(source.packing, weight)
 
     @classmethod
     def tied(cls, embedding: Embedding, rows: int, group: TensorGroup) -> Head:

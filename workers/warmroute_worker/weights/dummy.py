@@ -6,13 +6,16 @@ import zlib
 
 import torch
 
-from warmroute_worker.weights.source import WHOLE, Part
+from warmroute_worker.weights.source import DEFAULT_PACKING, WHOLE, Packing, Part
 
 
 class DummyWeights:
     """A `WeightSource` that draws every tensor from (seed, name) alone: the same ones in whatever order and layout."""
 
-    def __init__(self, seed: int, std: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, seed: int, std: float, dtype: torch.dtype, device: torch.device, packing: Packing = DEFAULT_PACKING
+    ) -> None:
+        self.packing = packing
         self._seed, self._std = seed, std
         self.dtype, self.device = dtype, device
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from warmroute_worker.model_config import ModelError
-from warmroute_worker.weights.source import WHOLE, Part
+from warmroute_worker.weights.source import DEFAULT_PACKING, WHOLE, Packing, Part
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,10 +17,18 @@ if TYPE_CHECKING:
 class SafetensorsReader:
     """A `WeightSource` over one folder. Files are mapped; of a tensor, only the part that is asked for is read."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, block: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        block: tuple[int, int],
+        packing: Packing = DEFAULT_PACKING,
+    ) -> None:
         """`block`: rows and columns of an fp8 weight that share a scale. Raises ModelError if there is no file, or one
         that is not safetensors."""
         self._block = block
+        self.packing = packing
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise ModelError(f"{folder}: there are no .safetensors files in it")
