@@ -158,6 +158,8 @@ class FakeDriver:
             prompt_tokens_total=self._totals["prompt"],
             generation_tokens_total=self._totals["generated"],
             evicted_tokens_total=0,
+            retractions_total=0,
+            new_token_ratio=0.7,
             waiting_uncached_tokens=0,
         )
 

@@ -67,7 +67,7 @@ EVERY_KIND: list[Message] = [
             Row("r2", [], "error", 0, "too long"),
             Row("r3", [9], None, 0, None, TokenLogprobs(-0.5, [(9, -0.5), (1, -1.5)])),
         ],
-        Load(1, 2, 3, 4, 5, 6, 7, 8, 9),
+        Load(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.5, 10),
     ),
     KvEvents([["BlockStored", [1 << 62], None, [1, 2], 2, None, "CPU"], ["AllBlocksCleared"]]),
     Reply(7, False, "2 requests are running"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +24,6 @@ from warmroute_worker.weights.source import Part
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     from tests.worker.engine_fixtures import Reference
     from warmroute_worker._native import Region
@@ -305,6 +306,26 @@ def test_stages_work_at_the_same_time(llama: Reference) -> None:
         until(lambda: region.get(0, "steps") == region.get(1, "steps"), 5)
         steps = [region.status(rank)["steps"] for rank in (0, 1)]
         assert steps[0] == steps[1] > 40
+
+
+@pytest.mark.slow
+def test_a_rank_has_the_memory_of_its_share(tmp_path: Path) -> None:
+    """From outside: what the kernel says that a rank holds, of a model of 252 MB."""
+    make_model(tmp_path, "Llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "head_dim": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def held(tp: int) -> float:
+        with ranks(tmp_path, tp, load_format="dummy") as (engine, region):
+            greedy(engine, [[1, 2, 3]])
+            pid = region.status(tp - 1)["pid"]
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+    two, four = held(2), held(4)
+    assert two < 127 + 220, "weights, and what torch takes for itself"
+    assert 30 < two - four < 90, "59 MB fewer weights"
 
 
 # ---- can these tests fail?

@@ -43,7 +43,8 @@ class Region:
         """Why the ranks stop, if they do."""
 
     def status(self, rank: int) -> dict[str, int]:
-        """What a rank says of itself: pid, heartbeat, steps, busy_ns, comm_ns, weight_bytes, pool_bytes, slot_bytes;
+        """What a rank says of itself: pid, heartbeat, steps, busy_ns, comm_ns, weight_bytes, pool_bytes, slot_bytes,
+        active_ns;
         of each operation the number of calls and the bytes given to it (`all_reduce_calls`, `all_reduce_bytes` ...)."""
 
     def get(self, rank: int, counter: str) -> int:

@@ -124,8 +124,12 @@ class Engine:
         """Those it computed wait again, and prefill chunks are halved; when that does not help, they are refused."""
         self._failures += 1
         self.scheduler.fail(f"the step ran out of memory: {error}" if self._failures >= MOST_FAILURES else None)
+        size = self.scheduler.halve_chunks()
         log.warning(
-            "a step ran out of memory (%s); prefill chunks are %d tokens now", error, self.scheduler.halve_chunks()
+            "a step ran out of memory (%s); prefill chunks have %d tokens now; start with a lower "
+            "--mem-fraction-static, --chunked-prefill-size or --max-running-requests",
+            error,
+            size,
         )
         return self.scheduler.report()
 

@@ -178,6 +178,10 @@ class Load:
     prompt_tokens_total: int
     generation_tokens_total: int
     evicted_tokens_total: int
+    retractions_total: int
+    """How often a running request had to give up its pages."""
+    new_token_ratio: float
+    """Share of future tokens that is kept free at present when a request is admitted."""
     waiting_uncached_tokens: int
     """Prompt tokens of waiting requests that were not in the prefix cache when they came."""
 

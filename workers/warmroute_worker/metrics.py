@@ -6,7 +6,7 @@ it knows: requests, times, aborts. `Metrics` is written on the event loop only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -138,6 +138,7 @@ class _LoadCollector:
             ("sglang:token_usage", "Share of the KV pool in use", load.used_tokens / max(load.total_tokens, 1)),
             ("sglang:cache_hit_rate", "Cached share of all prompt tokens", cache_hit_rate(load)),
             ("sglang:gen_throughput", "Generated tokens/s", self._throughput.tokens_per_second(self._clock())),
+            ("sglang:new_token_ratio", "Share of future tokens that is kept free", load.new_token_ratio),
             ("sglang:utilization", "Share of the batch in use", load.running / max_running_requests),
         ):
             gauge = GaugeMetricFamily(name, text, labels=list(self._labels))
@@ -147,6 +148,7 @@ class _LoadCollector:
             ("sglang:prompt_tokens", "Prompt tokens admitted", load.prompt_tokens_total),
             ("sglang:cached_tokens", "Prompt tokens found in the prefix cache", load.cached_tokens_total),
             ("sglang:generation_tokens", "Tokens generated", load.generation_tokens_total),
+            ("sglang:num_retracted_requests", "Requests that had to give up their pages", load.retractions_total),
             ("sglang:evicted_tokens", "Tokens evicted from the prefix cache", load.evicted_tokens_total),
         ):
             counter = CounterMetricFamily(name, text, labels=list(self._labels))
@@ -188,11 +190,25 @@ class _RankCollector:
             for rank, own in zip(ranks, values, strict=True):
                 counter.add_metric(own, rank[key] * factor)
             yield counter
+        if (bubble := bubble_ratio(ranks)) is not None:
+            gauge = GaugeMetricFamily("warmroute_worker_pp_bubble_ratio", "Idle share of pipeline stages", labels=names)
+            gauge.add_metric(list(self._labels.values()), bubble)
+            yield gauge
         moved = CounterMetricFamily("warmroute_worker_comm_bytes", "Bytes given to collectives", labels=[*names, "op"])
         for rank, own in zip(ranks, values, strict=True):
             for op, count in rank["collectives"].items():
                 moved.add_metric([*own, op], count["bytes"])
         yield moved
+
+
+def bubble_ratio(ranks: list[dict[str, Any]]) -> float | None:
+    """1 - computing / (stages x time with something to compute), since the start; None with one stage or no work."""
+    stages = [rank for rank in ranks if rank["tp_rank"] == 0]
+    active: int = ranks[0]["active_ns"]
+    if len(stages) < 2 or not active:
+        return None
+    busy: int = sum(rank["busy_ns"] for rank in stages)
+    return max(0.0, 1 - busy / (len(stages) * active))
 
 
 def cache_hit_rate(load: Load) -> float:

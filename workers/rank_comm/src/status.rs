@@ -52,11 +52,13 @@ pub enum Counter {
     PoolBytes,
     /// Bytes that it wrote into its slots: what the collectives really moved.
     SlotBytes,
+    /// Of the driver: nanoseconds with a plan under way.
+    ActiveNs,
 }
 
 impl Counter {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Pid,
         Self::Heartbeat,
         Self::Steps,
@@ -65,6 +67,7 @@ impl Counter {
         Self::WeightBytes,
         Self::PoolBytes,
         Self::SlotBytes,
+        Self::ActiveNs,
     ];
 
     /// As metrics spell it.
@@ -79,6 +82,7 @@ impl Counter {
             Self::WeightBytes => "weight_bytes",
             Self::PoolBytes => "pool_bytes",
             Self::SlotBytes => "slot_bytes",
+            Self::ActiveNs => "active_ns",
         }
     }
 }

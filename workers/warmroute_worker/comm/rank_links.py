@@ -158,6 +158,11 @@ class RankLinks:
             self._region.add(self.place.rank, "busy_ns", busy_ns)
             self.beat()
 
+    def was_active(self, nanoseconds: int) -> None:
+        """So long some plan was under way."""
+        if self._region is not None:
+            self._region.add(self.place.rank, "active_ns", nanoseconds)
+
     def beat(self) -> None:
         """Show that this rank lives. Raises CollectiveError when the ranks are to stop."""
         if self._region is not None:

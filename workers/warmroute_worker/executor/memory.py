@@ -63,7 +63,8 @@ def pool_pages(
     if pages < wanted:
         raise NotEnoughMemoryError(
             f"not enough memory: {_mib(available)} available x mem-fraction-static {fraction} - weights "
-            f"{_mib(weight_bytes)} leaves {_mib(max(budget, 0))}, but {needed}"
+            f"{_mib(weight_bytes)} leaves {_mib(max(budget, 0))}, but {needed}; raise --mem-fraction-static, lower "
+            "--max-total-tokens, or divide the model among more ranks (--tp-size, --pp-size)"
         )
     if max_total_tokens is not None:
         return wanted

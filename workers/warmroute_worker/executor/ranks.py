@@ -113,11 +113,14 @@ class RankExecutor:
         self.facts = rank.facts
         self._drawn: deque[Drawn | None] = deque()
         """Of the plans under way; None: the last stage will say."""
+        self._active_since = time.perf_counter_ns()
 
     def submit(self, plan: StepPlan) -> None:
         if not len(plan):
             self._drawn.append(([], {}))
             return
+        if not self._drawn:
+            self._active_since = time.perf_counter_ns()
         self.links.send_plan(plan.encode())
         try:
             self._drawn.append(self.rank.run(plan))
@@ -138,8 +141,12 @@ class RankExecutor:
             return False, f"the trace could not be written: {error}"
 
     def collect(self) -> Drawn:
-        drawn = self._drawn.popleft()
-        return _decoded(self.links.take_tokens()) if drawn is None else drawn
+        drawn = self._drawn[0]
+        drawn = _decoded(self.links.take_tokens()) if drawn is None else drawn
+        self._drawn.popleft()
+        if not self._drawn:
+            self.links.was_active(time.perf_counter_ns() - self._active_since)
+        return drawn
 
     def close(self) -> None:
         self.links.send_plan(NO_PLAN)

@@ -231,6 +231,8 @@ class Scheduler:
             prompt_tokens_total=self._prompt_tokens_total,
             generation_tokens_total=self._generation_tokens_total,
             evicted_tokens_total=self._cache.evicted_pages_total * size,
+            retractions_total=self.retractions_total,
+            new_token_ratio=self._ratio.value,
             waiting_uncached_tokens=self._waiting_uncached_tokens,
         )
 
