@@ -46,6 +46,7 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         enable_priority_scheduling=True,
         enable_p2p_check=True,
         attention_backend="triton",
+        kv_events_config='{"publisher": "zmq"}',
         disable_cuda_graph=True,
     )
     argv: list[str] = []
@@ -75,6 +76,10 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         (["--model-path", "m", "--device", "tpu"], "--device"),
         (["--model-path", "m", "--attention-backend", "mine"], "--attention-backend"),
         (["--model-path", "m", "--no-such-flag"], "--no-such-flag"),
+        (["--model-path", "m", "--kv-events-config", "{"], "--kv-events-config is not JSON"),
+        (["--model-path", "m", "--kv-events-config", "[]"], "--kv-events-config must be a JSON object"),
+        (["--model-path", "m", "--kv-events-config", '{"port": 1}'], "--kv-events-config: port is not known"),
+        (["--model-path", "m", "--kv-events-config", '{"publisher": "kafka"}'], "publisher must be zmq or null"),
         (["--model-path", "m", "--served-model", "x"], "--served-model"),
         (["--model-path", "m", "--tp", "0"], "--tp-size must be at least 1, got 0"),
         (["--model-path", "m", "--tp", "16", "--pp-size", "8"], "--tp-size 16 x --pp-size 8 is more than 64 ranks"),

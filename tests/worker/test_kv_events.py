@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import socket
 from typing import TYPE_CHECKING, Any
 
+import msgpack
 import pytest
+import zmq
+import zmq.asyncio
 
 from tests.worker.byte_model import write_folder
 from tests.worker.http_fixtures import running_app
 from warmroute_worker import kv_event_log, messages
+from warmroute_worker.http.kv_publisher import PublisherError, publisher
 from warmroute_worker.kv.cache import KvCache, PageLease
 from warmroute_worker.kv.events import CacheEvents, block_hash
 from warmroute_worker.kv_event_log import KvEventLog
@@ -21,6 +27,11 @@ if TYPE_CHECKING:
     from warmroute_worker.kv.radix import PageKey
 
 PAGE = 4
+
+
+def free_endpoint() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"tcp://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def cached(cache: KvCache) -> dict[int, tuple[int | None, list[int]]]:
@@ -145,3 +156,67 @@ async def test_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (await app.client.get("/kv_events?from=9")).status_code == 410
         assert (await app.client.get("/kv_events?from=x")).status_code == 400
         assert (await app.client.get("/kv_events?from=4")).json()["batches"] == []
+
+
+async def test_over_zeromq() -> None:
+    """A subscriber that knows the other engines' format: batches as they come, and the missed ones from the replay."""
+    log = KvEventLog()
+    context = zmq.asyncio.Context()
+    sub, replay = context.socket(zmq.SUB), context.socket(zmq.REQ)
+    config = {"publisher": "zmq", "endpoint": free_endpoint(), "replay_endpoint": free_endpoint()}
+    first: list[Any] = ["BlockStored", [11], None, [1, 2], 2, None, "CPU"]
+    with publisher(json.dumps(config | {"topic": "kv"}), log):
+        log.append([first])  # before anybody listens
+        sub.connect(config["endpoint"])
+        sub.subscribe(b"kv")
+        received: list[list[bytes]] = []
+        async with asyncio.timeout(10):
+            while not received:
+                log.append([["BlockRemoved", [11], "CPU"]] if 11 in log._cached else [first])
+                if await sub.poll(50):
+                    received.append(await sub.recv_multipart())
+            topic, number, batch = received[0]
+            assert topic == b"kv"
+            moment, events, rank = msgpack.unpackb(batch)
+            assert events in ([first], [["BlockRemoved", [11], "CPU"]])
+            assert (moment > 1_700_000_000, rank) == (True, 0)
+            replay.connect(config["replay_endpoint"])
+            await replay.send((0).to_bytes(8, "big"))
+            answer = await replay.recv_multipart()
+            assert answer[0] == (0).to_bytes(8, "big")
+            assert msgpack.unpackb(answer[1])[1] == [first]
+        assert int.from_bytes(number, "big") < log.next
+    sub.close(0)
+    replay.close(0)
+    context.term()
+
+
+async def test_a_replay_ends_with_a_mark() -> None:
+    log = KvEventLog()
+    for n in range(3):
+        log.append([["BlockStored", [n], None, [n], 1, None, "CPU"]])
+    context = zmq.asyncio.Context()
+    dealer = context.socket(zmq.DEALER)
+    config = {"publisher": "zmq", "endpoint": free_endpoint(), "replay_endpoint": free_endpoint()}
+    with publisher(json.dumps(config), log):
+        dealer.connect(config["replay_endpoint"])
+        await dealer.send_multipart([b"", b"nonsense?"])
+        await dealer.send_multipart([b"", (1).to_bytes(8, "big")])
+        async with asyncio.timeout(10):
+            answers = [await dealer.recv_multipart() for _ in range(3)]
+    assert [int.from_bytes(number, "big", signed=True) for _, number, _ in answers] == [1, 2, -1]
+    dealer.close(0)
+    context.term()
+
+
+async def test_a_publisher_that_cannot_be_says_why() -> None:
+    log = KvEventLog()
+    config = {"publisher": "zmq", "endpoint": free_endpoint()}
+    with (
+        publisher(json.dumps(config), log),
+        pytest.raises(PublisherError, match="cannot bind: Address already in use"),
+        publisher(json.dumps(config), log),
+    ):
+        pass
+    with publisher(None, log), publisher("{}", log):
+        pass

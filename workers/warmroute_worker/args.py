@@ -66,6 +66,8 @@ class WorkerArgs:
     """Requests with a higher `priority` are admitted first; without it priorities are ignored."""
     enable_p2p_check: bool = False
     """Measure at start whether and how fast ranks reach each other's memory."""
+    kv_events_config: str | None = None
+    """JSON, as in SGLang and vLLM: publish the events of the prefix cache over ZeroMQ, too."""
     attention_backend: str = "auto"
     """auto: our own kernel where it runs (float32 on CPU), else torch's; every other name is torch's."""
     disable_cuda_graph: bool = False
@@ -100,6 +102,7 @@ class WorkerArgs:
         _check(
             self.log_level in LOG_LEVELS, f"--log-level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
         )
+        _check_kv_events(self.kv_events_config)
         _check(self.watchdog_timeout > 0, f"--watchdog-timeout must be above 0, got {self.watchdog_timeout}")
         _check(
             self.tp_size * self.pp_size <= MAX_RANKS,
@@ -241,6 +244,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--threads", int, "torch threads of a rank; None: the cores there are, divided among the ranks"),
         ("--tp-size", int, "ranks among which each layer is divided"),
         ("--pp-size", int, "stages into which the layers are divided"),
+        ("--kv-events-config", str, "JSON: publish the events of the prefix cache over ZeroMQ"),
         ("--watchdog-timeout", float, "seconds after which a rank that shows no life ends the worker"),
         ("--drain-timeout", float, "seconds for running requests after SIGTERM"),
     ):
@@ -306,6 +310,25 @@ class _OnlyOne(argparse.Action):
             parser.error(
                 f"{option} is an SGLang option this worker does not implement: {self._reason}; remove it or set it to 1"
             )
+
+
+_KV_EVENTS = {"publisher", "endpoint", "replay_endpoint", "topic", "hwm", "enable_kv_cache_events"}
+
+
+def _check_kv_events(config: str | None) -> None:
+    if config is None:
+        return
+    try:
+        value = json.loads(config)
+    except ValueError as error:
+        raise ValueError(f"--kv-events-config is not JSON: {error}") from error
+    _check(isinstance(value, dict), f"--kv-events-config must be a JSON object, got {config}")
+    unknown = sorted(set(value) - _KV_EVENTS)
+    _check(
+        not unknown, f"--kv-events-config: {', '.join(unknown)} is not known; known: {', '.join(sorted(_KV_EVENTS))}"
+    )
+    publisher = value.get("publisher", "null")
+    _check(publisher in ("zmq", "null"), f"--kv-events-config: publisher must be zmq or null, got {publisher!r}")
 
 
 def _check(condition: bool, message: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -23,6 +24,7 @@ from warmroute_worker.chat import ChatTemplate
 from warmroute_worker.child_process import StatusPipe, die_with_parent, leave_signals_to_parent
 from warmroute_worker.engine_client import EngineClient, Phase
 from warmroute_worker.http.app import make_runner
+from warmroute_worker.http.kv_publisher import PublisherError, publisher
 from warmroute_worker.http.service import Service
 from warmroute_worker.metrics import Metrics
 from warmroute_worker.rank_statuses import RankStatuses
@@ -93,6 +95,13 @@ async def serve(service: Service, listener: socket.socket, engine_socket: socket
     runner = make_runner(service, FLUSH_SECONDS)
     await runner.setup()
     await web.SockSite(runner, listener).start()
+    publishing = contextlib.ExitStack()
+    try:
+        publishing.enter_context(publisher(service.args.kv_events_config, engine.kv_events))
+    except PublisherError as error:
+        status.failed(str(error))
+        await runner.cleanup()
+        return 1
     await loop.create_unix_connection(lambda: engine, sock=engine_socket)
     watching = asyncio.create_task(_watch(engine, status))
     draining = asyncio.create_task(_drain(service, drain))
@@ -107,6 +116,7 @@ async def serve(service: Service, listener: socket.socket, engine_socket: socket
     finally:
         for task in (watching, draining):
             task.cancel()
+        publishing.close()
         await runner.cleanup()
 
 
