@@ -120,6 +120,23 @@ def test_logits_are_within_2e_4(tmp_path: Path, name: str, tp: int) -> None:
         engine.scheduler.apply(ours.argmax(dim=1).tolist())
 
 
+@pytest.mark.parametrize("tp", [2, 4])
+def test_bfloat16_is_as_close_as_transformers_own(tmp_path: Path, tp: int) -> None:
+    """To what float32 gives; sums are taken in single precision and rounded once."""
+    model = make_model(tmp_path, "Llama")
+    prompts = [[(7 * n + 3 * k * k + k) % 320 for k in range(length)] for n, length in enumerate((9, 33, 70, 100))]
+    exact = torch.stack([last_logits(model, prompt) for prompt in prompts])
+    theirs = torch.stack([last_logits(model.bfloat16(), prompt).float() for prompt in prompts])
+    with ranks(tmp_path, tp, dtype="bfloat16") as (engine, _):
+        executor = engine.executor
+        assert isinstance(executor, RankExecutor)
+        for n, prompt in enumerate(prompts):
+            engine.scheduler.add(Generate(str(n), prompt, 1, sampling=GREEDY))
+        ours = logits_of(executor, engine.scheduler.schedule())
+        assert 0 < (ours - exact).abs().mean() <= 1.5 * (theirs - exact).abs().mean()
+        engine.scheduler.apply(ours.argmax(dim=1).tolist())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_small_pool_retracts_and_the_tokens_are_the_same(llama: Reference, layout: str) -> None:
     tp, pp = LAYOUTS[layout]

@@ -133,7 +133,8 @@ async def _watch(engine: EngineClient, status: StatusPipe) -> Phase:
         before = engine.phase
         if engine.phase is Phase.READY and engine.facts is not None:
             facts = engine.facts
-            ranks = f"{facts.layout}, sums by {facts.collectives}, " if facts.layout else ""
+            sums = f", sums by {facts.collectives}" if facts.collectives != "none" else ""
+            ranks = f"{facts.layout}{sums}, " if facts.layout else ""
             status.ready(
                 f"{facts.model_type} on {facts.device}, {facts.dtype}, {ranks}context {facts.context_length} tokens, "
                 f"KV pool {facts.max_total_tokens} tokens"
