@@ -10,7 +10,7 @@ import torch
 
 from tests.worker.engine_fixtures import GREEDY, greedy, load_engine, make_reference
 from tests.worker.test_engine_ranks import answers, ranks
-from warmroute_worker.executor.ranks import RankExecutor
+from warmroute_worker.executor.ranks import RankExecutor, failure
 from warmroute_worker.messages import Generate
 from warmroute_worker.model_config import ModelError
 
@@ -145,3 +145,15 @@ def test_attention_backends(llama: Reference, asked: str, effective: str) -> Non
     engine = load_engine(llama.folder, attention_backend=asked)
     assert engine.ready.attention_backend == effective
     assert answers(greedy(engine, llama.prompts)) == llama.answers
+
+
+def test_with_several_ranks_a_step_without_memory_ends_the_worker_with_advice(llama: Reference) -> None:
+    """The others wait for this rank's sums, so it cannot be done again."""
+    with ranks(llama.folder, 2) as (engine, _):
+        executor = engine.executor
+        assert isinstance(executor, RankExecutor)
+        failing(1, MemoryError("12 GiB"))(executor)
+        with pytest.raises(MemoryError) as error:
+            greedy(engine, llama.prompts[:1])
+        assert failure(error.value).startswith("MemoryError: 12 GiB; start with a lower --mem-fraction-static")
+        executor.links.abort("over")

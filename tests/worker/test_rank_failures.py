@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.worker.worker_process import health, lives, until, worker_process
+from tests.worker.worker_process import children, health, lives, until, worker_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -221,3 +221,21 @@ def test_a_pause_over_http() -> None:
         assert httpx.post(url + "/continue_generation").status_code == 200
         thread.join()
         assert waiting[0].json()["meta_info"]["completion_tokens"] == 5
+
+
+def test_sigterm_to_all_processes_breaks_no_request() -> None:
+    """As systemd stops a service: every process of it gets the signal."""
+    with demo(*TP) as worker:
+        url = worker.url()
+        everybody = [worker.process.pid, *(rank["pid"] for rank in ranks(url)), *children(worker.process.pid)]
+        answers: list[httpx.Response] = []
+        body = {"text": "a", "sampling_params": {"max_new_tokens": 150, "ignore_eos": True}}
+        thread = threading.Thread(target=lambda: answers.append(httpx.post(url + "/generate", json=body, timeout=30)))
+        thread.start()
+        until(lambda: httpx.get(url + "/get_load").json()[0]["num_reqs"] == 1, 5)
+        for pid in everybody:
+            os.kill(pid, signal.SIGTERM)
+        assert worker.wait(20) == 0
+        thread.join()
+        assert answers[0].json()["meta_info"]["completion_tokens"] == 150
+        until(lambda: not any(lives(pid) for pid in everybody), 3)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from warmroute_worker import engine
 from warmroute_worker.comm.rank_links import CollectiveError
+from warmroute_worker.executor.ranks import failure
 from warmroute_worker.messages import (
     Abort,
     Continue,
@@ -88,7 +89,7 @@ def main(sock: socket.socket, args: WorkerArgs, links: RankLinks) -> int:
         return 1
     except Exception as error:
         log.exception("%s failed", links.place)
-        reason = f"the engine failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"the engine failed: {failure(error)}"
         links.abort(reason)
         link.send(Failed(reason))
         return 1

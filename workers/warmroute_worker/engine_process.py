@@ -42,6 +42,8 @@ def main() -> int:
     options = parser.parse_args()
     die_with_parent(options.parent_pid)
     leave_signals_to_parent()
+    # Whoever ends a whole group of processes (systemd does by default) must not take the engine from running requests.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     args: WorkerArgs = options.worker_args
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     layout = args.layout

@@ -65,6 +65,6 @@ def _follow(args: WorkerArgs, links: RankLinks) -> int:
         return 1  # everybody has been told, by this rank or by another
     except Exception as error:
         log.exception("%s failed", links.place)
-        links.abort(f"{links.place} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+        links.abort(f"{links.place} failed: {ranks.failure(error)}")
         return 1
     return 0

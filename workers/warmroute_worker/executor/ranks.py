@@ -170,6 +170,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
+def failure(error: BaseException) -> str:
+    """One line about an error that nobody expected, with what helps if something does."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if not is_out_of_memory(error):
+        return line
+    return f"{line}; start with a lower --mem-fraction-static, --chunked-prefill-size or --max-running-requests"
+
+
 def start(folder: Path, config: ModelConfig, args: WorkerArgs, links: RankLinks) -> Rank:
     """The rank with its weights. Raises StartupError, on every rank the words of the first that failed."""
     try:
