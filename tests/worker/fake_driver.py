@@ -89,6 +89,7 @@ class FakeDriver:
             device="cpu",
             weight_bytes=0,
             kv_pool_bytes=0,
+            load_seconds=0.5,
             attention_backend="torch_native",
             layout="",
             collectives="none",

@@ -56,6 +56,7 @@ EVERY_KIND: list[Message] = [
         "cpu",
         1 << 33,
         1 << 40,
+        1.5,
         "native",
         "tp 2",
         "shared memory",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from warmroute_worker._native import Region
     from warmroute_worker.engine import Engine
 
+QUICK = ("Llama", "Mixtral", "DeepseekV3")
+"""Families whose logits `make test` looks at; `make test-all` looks at all."""
 LAYOUTS = {"tp 2": (2, 1), "tp 4": (4, 1), "pp 2": (1, 2), "tp 2, pp 2": (2, 2)}
 UNEVEN = {
     "vocab_size": 331,
@@ -104,7 +106,9 @@ def test_tied_embeddings_and_biases(tmp_path: Path, changes: dict[str, Any], lay
         assert answers(greedy(engine, reference.prompts)) == reference.answers
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mixtral", "DeepseekV3"])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 @pytest.mark.parametrize("tp", [2, 4])
 def test_logits_are_within_2e_4(tmp_path: Path, name: str, tp: int) -> None:
     model = make_model(tmp_path, name)
@@ -177,6 +181,36 @@ def test_the_same_tokens_over_gloo(llama: Reference, layout: str) -> None:
         assert answers(greedy(engine, llama.prompts)) == llama.answers
         assert engine.ready.collectives == "gloo"
         assert [region.status(rank)["all_reduce_calls"] for rank in range(tp * pp)] == [0] * tp * pp
+
+
+def test_one_stage_or_two_give_the_same_bits(llama: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLANG_USE_1STAGE_ALLREDUCE: vectors of 64 KB and more; in two stages a rank also writes its part of the sum."""
+    prompt = [(3 * k * k + k) % 320 for k in range(300)]
+
+    def run(value: str) -> tuple[torch.Tensor, int]:
+        # Children inherit the environment of the process that they are forked from, so they are told by themselves.
+        monkeypatch.setenv("SGLANG_USE_1STAGE_ALLREDUCE", value)
+        with ranks(llama.folder, 4, 1, _one_stage if value == "1" else _two_stages) as (engine, region):
+            executor = engine.executor
+            assert isinstance(executor, RankExecutor)
+            before = region.get(1, "slot_bytes")
+            engine.scheduler.add(Generate("r", prompt, 1, sampling=GREEDY))
+            logits = logits_of(executor, engine.scheduler.schedule())
+            engine.scheduler.apply(logits.argmax(dim=1).tolist())
+            return logits, region.get(1, "slot_bytes") - before
+
+    (one, bytes_of_one), (two, bytes_of_two) = run("1"), run("0")
+    assert torch.equal(one, two)
+    sums = 7 * len(prompt) * 64 * 4
+    assert bytes_of_two - bytes_of_one == pytest.approx(sums / 4, abs=7 * 64)
+
+
+def _one_stage() -> None:
+    os.environ["SGLANG_USE_1STAGE_ALLREDUCE"] = "1"
+
+
+def _two_stages() -> None:
+    os.environ["SGLANG_USE_1STAGE_ALLREDUCE"] = "0"
 
 
 def test_an_abort_while_plans_are_under_way(llama: Reference) -> None:

@@ -69,6 +69,7 @@ class Engine:
             device=facts.device,
             weight_bytes=facts.weight_bytes,
             kv_pool_bytes=facts.kv_pool_bytes,
+            load_seconds=facts.load_seconds,
             attention_backend=facts.attention_backend,
             layout=str(args.layout),
             collectives=facts.collectives,

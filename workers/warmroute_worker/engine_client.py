@@ -51,6 +51,7 @@ class EngineClient(asyncio.Protocol):
         self.phase_changed = asyncio.Event()
         """Set whenever `phase` changes; whoever waits for it clears it."""
         self._metrics = metrics
+        self._born = time.monotonic()
         self._reader = messages.FrameReader()
         self._transport: asyncio.WriteTransport | None = None
         self._replies: dict[int, asyncio.Future[messages.Reply]] = {}
@@ -138,6 +139,7 @@ class EngineClient(asyncio.Protocol):
                     self._step(message, time.monotonic())
                 case messages.Ready():
                     self.facts = message
+                    self._metrics.started(time.monotonic() - self._born, message.load_seconds)
                     self._enter(Phase.READY)
                 case messages.Failed():
                     self.failed_with_words = True

@@ -126,6 +126,8 @@ class Ready:
     weight_bytes: int
     """Of all ranks together, as is the next: what each rank has a copy of counts as often."""
     kv_pool_bytes: int
+    load_seconds: float
+    """Until the weights of all ranks were there."""
     attention_backend: str
     """`native`: our own kernel; `torch_native`: torch's."""
     layout: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 if TYPE_CHECKING:
@@ -87,6 +87,14 @@ class Metrics:
         self.request_latency = self._histogram(
             "sglang:e2e_request_latency_seconds", "Arrival to last token", _REQUEST_BUCKETS
         )
+
+    def started(self, startup_seconds: float, load_seconds: float) -> None:
+        """Once, when the engine is ready."""
+        for name, text, value in (
+            ("sglang:engine_startup_time", "Seconds from the start of the process until it was ready", startup_seconds),
+            ("sglang:engine_load_weights_time", "Seconds that loading the weights took", load_seconds),
+        ):
+            Gauge(name, text, list(self._labels), registry=self._registry).labels(**self._labels).set(value)
 
     def follow(self, load: Callable[[], tuple[Load, int] | None], clock: Callable[[], float]) -> None:
         """Where to read the driver's last `Load` and the size of the batch, None before the engine is ready."""

@@ -27,6 +27,7 @@ class ExecutorFacts:
     weight_bytes: int
     """Of all ranks together, as is the next."""
     kv_pool_bytes: int
+    load_seconds: float
     attention_backend: str
     collectives: str
     """What carries sums between ranks."""

@@ -44,6 +44,7 @@ class Rank:
 
     def __init__(self, folder: Path, config: ModelConfig, args: WorkerArgs, links: RankLinks) -> None:
         """Raises StartupError, on every rank when it is raised on one."""
+        began = time.perf_counter()
         self.place, self._links = links.place, links
         self.trace: tuple[torch.profiler.profile, Path] | None = None
         """While one is being made, and where it goes."""
@@ -62,6 +63,7 @@ class Rank:
             device=sizes.device.type,
             weight_bytes=sum(weights for weights, _ in totals),
             kv_pool_bytes=sum(pool for _, pool in totals),
+            load_seconds=time.perf_counter() - began,
             attention_backend=self.runner.attention_backend,
             collectives=links.group.name,
             depth=links.place.layout.pp_size,
