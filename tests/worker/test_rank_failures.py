@@ -60,8 +60,11 @@ class Stream:
         assert not self._thread.is_alive()
 
 
-@pytest.mark.parametrize("layout", [TP, PP], ids=["tp 2", "pp 2"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("layout", "victim"),
+    [(TP, 0), (TP, 1), (PP, 1), pytest.param(PP, 0, marks=pytest.mark.slow)],
+    ids=["tp 2, the driver", "tp 2, the other", "pp 2, the last stage", "pp 2, the driver"],
+)
 def test_a_killed_rank_ends_the_worker(layout: list[str], victim: int) -> None:
     with demo(*layout) as worker:
         url = worker.url()
@@ -84,8 +87,16 @@ def test_a_killed_rank_ends_the_worker(layout: list[str], victim: int) -> None:
     assert not any("Traceback" in line for line in worker.stderr), worker.stderr
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "busy"),
+    [
+        (1, True),
+        (0, False),
+        pytest.param(0, True, marks=pytest.mark.slow),
+        pytest.param(1, False, marks=pytest.mark.slow),
+    ],
+    ids=["the other, busy", "the driver, idle", "the driver, busy", "the other, idle"],
+)
 def test_a_stopped_rank_ends_the_worker_after_the_watchdogs_time(victim: int, busy: bool) -> None:
     with demo(*TP, "--watchdog-timeout", "2") as worker:
         url = worker.url()
