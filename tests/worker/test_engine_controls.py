@@ -10,6 +10,7 @@ import torch
 
 from tests.worker.engine_fixtures import GREEDY, greedy, load_engine, make_reference
 from tests.worker.test_engine_ranks import answers, ranks
+from warmroute_worker.executor import model_runner
 from warmroute_worker.executor.ranks import RankExecutor, failure
 from warmroute_worker.messages import Generate
 from warmroute_worker.model_config import ModelError
@@ -157,3 +158,13 @@ def test_with_several_ranks_a_step_without_memory_ends_the_worker_with_advice(ll
             greedy(engine, llama.prompts[:1])
         assert failure(error.value).startswith("MemoryError: 12 GiB; start with a lower --mem-fraction-static")
         executor.links.abort("over")
+
+
+def test_threads_are_woken_where_it_pays() -> None:
+    """What was measured: see `model_runner.SINGLE_THREAD_MULTIPLICATIONS`."""
+    demo = model_runner.single_thread_tokens(12 << 20, 3 << 20, 16)
+    assert 64 <= demo <= 192
+    medium = model_runner.single_thread_tokens(96 << 20, 24 << 20, 32)
+    assert 8 <= medium <= 32
+    assert model_runner.single_thread_tokens(380 << 20, 95 << 20, 32) < 8
+    assert model_runner.single_thread_tokens(16 << 30, 4 << 30, 128) == 0

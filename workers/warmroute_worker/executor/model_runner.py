@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmroute_worker.model_runner")
 
-SINGLE_THREAD_BYTES = 64 << 20
-"""Weights that do not fit a core's share of cache are read faster by several threads, whatever the batch."""
+PRODUCTS_PER_LAYER = 4
+"""Queries, keys and values; output; gate and up; down."""
 
 CACHED_BYTES = 16 << 20
 """Weights of so many bytes stay in the cache from step to step, so that a product takes as long as its call."""
 
-SINGLE_THREAD_PRODUCTS = 1 << 28
-"""Multiplications of a step below which waking threads for some ten operations per layer costs more than they save.
-Demo model on 2 busy cores: decode of 8 sequences 2.8 ms with one thread and 6.3 with two, prefill of 1,024 tokens 319
-and 267 ms."""
-
+SINGLE_THREAD_BYTES, SINGLE_THREAD_MULTIPLICATIONS = 16 << 20, 1 << 24
+"""Of one matrix product, on average: below both, waking a thread that sleeps costs more than it saves. Two cores,
+time of a step with two threads over that with one: demo model, 32 sequences 1.6, prefill of 128 tokens 1.05, of 1,024
+0.57; hidden 512 x 8 layers, 1, 8 and 32 sequences 1.5, 1.08 and 0.9, prefill of 128 tokens 0.68; hidden 1024 x 8, 1 and 8
+sequences 1.04 and 0.86."""
 
 ROWS_TOGETHER = 16
 """In deterministic mode every product has a multiple of so many rows. MKL takes other paths for 1 to 3, vector
@@ -93,8 +93,8 @@ class ModelRunner:
         )
         self._hidden = config.hidden_size
         self._threads = args.threads or max(1, usable_cores() // place.layout.world_size)
-        self._single_thread_tokens = _single_thread_tokens(
-            sizes.weight_bytes, sizes.weight_bytes // sizes.dtype.itemsize
+        self._single_thread_tokens = single_thread_tokens(
+            sizes.weight_bytes, sizes.weight_bytes // sizes.dtype.itemsize, PRODUCTS_PER_LAYER * layers
         )
 
     @torch.inference_mode()
@@ -156,9 +156,11 @@ def measure(config: ModelConfig, args: WorkerArgs, place: Place, group: TensorGr
     return Sizes(context_length, num_pages, size_of_page, source.num_bytes, dtype, device)
 
 
-def _single_thread_tokens(weight_bytes: int, num_weights: int) -> int:
+def single_thread_tokens(weight_bytes: int, num_weights: int, num_products: int) -> int:
     """The largest step, in tokens, that one thread does at least as fast as several; 0 if there is none."""
-    return 0 if weight_bytes > SINGLE_THREAD_BYTES else SINGLE_THREAD_PRODUCTS // num_weights
+    if weight_bytes > SINGLE_THREAD_BYTES * num_products:
+        return 0
+    return SINGLE_THREAD_MULTIPLICATIONS * num_products // num_weights
 
 
 def usable_cores() -> int:
