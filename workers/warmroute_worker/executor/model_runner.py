@@ -43,9 +43,9 @@ CACHED_BYTES = 16 << 20
 """Weights of so many bytes stay in the cache from step to step, so that a product takes as long as its call."""
 
 SINGLE_THREAD_BYTES, SINGLE_THREAD_MULTIPLICATIONS = 16 << 20, 1 << 24
-"""Of one matrix product, on average: below both, waking a thread that sleeps costs more than it saves. Two cores,
-time of a step with two threads over that with one: demo model, 32 sequences 1.6, prefill of 128 tokens 1.05, of 1,024
-0.57; hidden 512 x 8 layers, 1, 8 and 32 sequences 1.5, 1.08 and 0.9, prefill of 128 tokens 0.68; hidden 1024 x 8, 1 and 8
+"""Of one matrix product, on average: below both, waking a thread that sleeps costs more than it saves. Two cores, time
+of a step with two threads over that with one: demo model, 32 sequences 1.6, prefill of 128 tokens 1.05, of 1,024 0.57;
+hidden 512 x 8 layers, 1, 8 and 32 sequences 1.5, 1.08 and 0.9, prefill of 128 tokens 0.68; hidden 1024 x 8, 1 and 8
 sequences 1.04 and 0.86."""
 
 ROWS_TOGETHER = 16
