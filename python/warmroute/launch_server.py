@@ -6,6 +6,7 @@ have the prefix `--router-`; what is not known here goes to the workers, who ref
 
 import argparse
 import asyncio
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -49,15 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def worker_plan(
     model_path: str, dp_size: int, dp_attention: bool, rest: Sequence[str], cores: int
 ) -> tuple[int, list[str]]:
-    """(how many workers, their flags). `cores`, divided among them, unless the user gave `--threads`."""
+    """(how many workers, their flags). `cores`, divided among their ranks, unless the user gave `--threads`."""
     flags = ["--model-path", model_path, *rest]
     count = dp_size
     if dp_attention:
         count = 1
         flags += ["--dp-size", str(dp_size), "--enable-dp-attention"]
     if not any(flag == "--threads" or flag.startswith("--threads=") for flag in rest):
-        flags += ["--threads", str(max(1, cores // count))]
+        flags += ["--threads", str(max(1, cores // (count * _ranks_per_worker(rest))))]
     return count, flags
+
+
+def _ranks_per_worker(flags: Sequence[str]) -> int:
+    """What is no number is 1 here: the worker will refuse it, in its own words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--tp-size", "--tp", "--tensor-parallel-size", dest="tp", default="1", nargs="?")
+    parser.add_argument("--pp-size", "--pp", "--pipeline-parallel-size", dest="pp", default="1", nargs="?")
+    sizes, _ = parser.parse_known_args(list(flags))
+    return math.prod(max(1, int(size)) for size in (sizes.tp, sizes.pp) if str(size).isdigit())
 
 
 async def _serve(settings: Settings, workers: WorkerProcesses) -> int:

@@ -179,12 +179,21 @@ PLANS = [
     (2, False, [], (2, ["--model-path", "m", "--threads", "4"])),
     (3, False, ["--threads", "1"], (3, ["--model-path", "m", "--threads", "1"])),
     (3, False, ["--threads=1"], (3, ["--model-path", "m", "--threads=1"])),
+    (1, False, ["--tp", "2"], (1, ["--model-path", "m", "--tp", "2", "--threads", "4"])),
+    (
+        2,
+        False,
+        ["--tp-size=2", "--pp-size", "2"],
+        (2, ["--model-path", "m", "--tp-size=2", "--pp-size", "2", "--threads", "1"]),
+    ),
+    (1, False, ["--tp", "x"], (1, ["--model-path", "m", "--tp", "x", "--threads", "8"])),
+    (1, False, ["--page-size", "8", "--tp"], (1, ["--model-path", "m", "--page-size", "8", "--tp", "--threads", "8"])),
     (16, False, [], (16, ["--model-path", "m", "--threads", "1"])),
     (
         2,
         True,
         ["--tp", "2"],
-        (1, ["--model-path", "m", "--tp", "2", "--dp-size", "2", "--enable-dp-attention", "--threads", "8"]),
+        (1, ["--model-path", "m", "--tp", "2", "--dp-size", "2", "--enable-dp-attention", "--threads", "4"]),
     ),
 ]
 
