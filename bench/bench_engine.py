@@ -40,13 +40,17 @@ def main() -> None:
             f"{ready.device}; prompt {options.prompt}, {options.new} new tokens, temperature {options.temperature}"
         )
         for batch in options.batch:
-            runs = [_decode(engine, batch, options, run) for run in range(options.repeats)]
+            runs = [
+                decode(engine, batch, options.prompt, options.new, run, options.temperature)
+                for run in range(options.repeats)
+            ]
             tokens, seconds, ttft = min(runs, key=lambda run: run[1] / run[0])
             step_ms = seconds / tokens * batch * 1e3
             print(f"B={batch:<4d} {tokens / seconds:7.0f} tok/s {step_ms:8.2f} ms/step; prefill {ttft * 1e3:7.1f} ms")
 
 
-def _engine(folder: Path, options: argparse.Namespace) -> engines.Engine:
+def write_config(folder: Path, options: argparse.Namespace) -> None:
+    """A Llama of the shape that the options say; `--load-format dummy` needs no more."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -60,6 +64,10 @@ def _engine(folder: Path, options: argparse.Namespace) -> engines.Engine:
         "rms_norm_eps": 1e-5,
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _engine(folder: Path, options: argparse.Namespace) -> engines.Engine:
+    write_config(folder, options)
     args = WorkerArgs(
         str(folder),
         "bench",
@@ -72,13 +80,13 @@ def _engine(folder: Path, options: argparse.Namespace) -> engines.Engine:
     return engines.load(args)
 
 
-def _decode(engine: engines.Engine, batch: int, options: argparse.Namespace, run: int) -> tuple[int, float, float]:
+def decode(
+    engine: engines.Engine, batch: int, prompt_tokens: int, new: int, run: int, temperature: float = 0.0
+) -> tuple[int, float, float]:
     """(tokens, seconds) of the steps after the one that prefilled, and that one's seconds."""
     for index in range(batch):
-        prompt = [(run * 7 + index * 13 + place * place) % 320 for place in range(options.prompt)]
-        engine.scheduler.add(
-            Generate(f"{run}-{index}", prompt, options.new, sampling=Sampling(temperature=options.temperature))
-        )
+        prompt = [(run * 7 + index * 13 + place * place) % 320 for place in range(prompt_tokens)]
+        engine.scheduler.add(Generate(f"{run}-{index}", prompt, new, sampling=Sampling(temperature=temperature)))
     scheduler = engine.scheduler
     before = scheduler.load().generation_tokens_total
     started = time.perf_counter()

@@ -1,29 +1,25 @@
 """What several ranks are worth: the same engine steps, without HTTP, by layout. In turn A B C, C B A; medians.
 
 `python -m bench.bench_ranks [--hidden 512 --layers 8 --batch 1 8 --rounds 4]`. One rank is measured with one thread and
-with two and stands for its better one. Also what one all-reduce costs, through shared memory and over gloo.
+with two and stands for its better one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.bench_engine import decode, write_config
 from warmroute_worker import offline
 from warmroute_worker.args import WorkerArgs
-from warmroute_worker.messages import Generate, Sampling
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
-
-    from warmroute_worker.engine import Engine
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "1 rank, 1 thread": {"threads": 1},
@@ -71,22 +67,6 @@ def main() -> None:
             print(f"batch {batch:<3d} {name:18s} {speed} {ratio}")
 
 
-def write_config(folder: Path, options: argparse.Namespace) -> None:
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 320,
-        "hidden_size": options.hidden,
-        "intermediate_size": options.intermediate,
-        "num_hidden_layers": options.layers,
-        "num_attention_heads": options.heads,
-        "num_key_value_heads": options.kv_heads,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 def in_a_process(folder: str, settings: dict[str, Any], batches: list[int], new: int) -> dict[int, float]:
     """Seconds per decode step, by batch: torch's threads are set once per process, so each measurement has its own."""
     context = multiprocessing.get_context("spawn")
@@ -104,23 +84,11 @@ def in_a_process(folder: str, settings: dict[str, Any], batches: list[int], new:
 def _measure(folder: str, settings: dict[str, Any], batches: list[int], new: int, pipe: Connection) -> None:
     args = WorkerArgs(folder, "bench", load_format="dummy", device="cpu", max_total_tokens=1 << 15, **settings)
     with offline.ranks(args) as (engine, _):
-        pipe.send({batch: min(_decode(engine, batch, new, run) for run in range(3)) for batch in batches})
-
-
-def _decode(engine: Engine, batch: int, new: int, run: int) -> float:
-    """Seconds per step of the steps in which all of `batch` decode."""
-    for index in range(batch):
-        prompt = [(run * 7 + index * 13 + place * place) % 320 for place in range(PROMPT_TOKENS)]
-        engine.scheduler.add(Generate(f"{run}-{index}", prompt, new, sampling=Sampling(temperature=0)))
-    scheduler = engine.scheduler
-    before = scheduler.load().generation_tokens_total
-    while scheduler.load().generation_tokens_total < before + 2 * batch:
-        engine.step()
-    tokens, started = scheduler.load().generation_tokens_total, time.perf_counter()
-    while not engine.is_idle:
-        engine.step()
-    tokens = scheduler.load().generation_tokens_total - tokens
-    return (time.perf_counter() - started) / (tokens / batch)
+        best = {}
+        for batch in batches:
+            runs = [decode(engine, batch, PROMPT_TOKENS, new, run) for run in range(3)]
+            best[batch] = min(seconds / tokens * batch for tokens, seconds, _ in runs)
+        pipe.send(best)
 
 
 if __name__ == "__main__":

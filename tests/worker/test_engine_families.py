@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.worker.engine_fixtures import (
     FAMILIES,
     GREEDY,
+    UNEVEN,
     greedy,
     last_logits,
     load_engine,
@@ -49,14 +50,7 @@ OTHERS = [family for family in FAMILIES if family != "Llama"]  # test_engine_exa
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uneven sizes": (
         "Qwen2",
-        {
-            "vocab_size": 331,
-            "intermediate_size": 100,
-            "num_attention_heads": 6,
-            "hidden_size": 66,
-            "num_key_value_heads": 3,
-            "head_dim": 24,
-        },
+        UNEVEN,
     ),
     "tied": ("Qwen3", {"tie_word_embeddings": True}),
     "experts not normalised": ("Qwen3Moe", {"norm_topk_prob": False}),
@@ -285,3 +279,71 @@ def test_a_planted_bug_is_seen(
     bug(monkeypatch)
     wrong = answers(greedy(load_engine(tmp_path), reference.prompts))
     assert all(ours != theirs for ours, theirs in zip(wrong, reference.answers, strict=True))
+
+
+# ---- do the models feel what could go wrong? (each family; perturbations of transformers' own model)
+
+
+def _next_tokens(model: Any, prompts: list[list[int]], **more: Any) -> list[int]:
+    with torch.no_grad():
+        return [int(model(torch.tensor([prompt]), **more).logits[0, -1].argmax()) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_sensitive(tmp_path: Path, family: str) -> None:
+    """At least 80 % of the next tokens change with any of these, so that equal tokens are no accident."""
+    model = make_model(tmp_path, family)
+    prompts = [[(n * 13 + k * k) % 320 for k in range(40)] for n in range(20)]
+    before = _next_tokens(model, prompts)
+
+    def changed(after: list[int]) -> float:
+        return sum(a != b for a, b in zip(before, after, strict=True)) / len(before)
+
+    def with_zeros(pick: Callable[[Any], torch.Tensor | None]) -> list[int]:
+        """Next tokens with what `pick` finds in each layer set to zero, which is then put back."""
+        found = [tensor for layer in model.model.layers if (tensor := pick(layer)) is not None]
+        assert found
+        kept = [tensor.clone() for tensor in found]
+        with torch.no_grad():
+            for tensor in found:
+                tensor.zero_()
+            after = _next_tokens(model, prompts)
+            for tensor, values in zip(found, kept, strict=True):
+                tensor.copy_(values)
+        return after
+
+    assert changed(_next_tokens(model, [prompt[-2::-1] + prompt[-1:] for prompt in prompts])) >= 0.8
+    assert changed(_next_tokens(model, prompts, position_ids=torch.zeros(1, 40, dtype=torch.long))) >= 0.8
+    assert changed(with_zeros(lambda layer: layer.self_attn.o_proj.weight)) >= 0.8
+    if family in ("Qwen2Moe", "DeepseekV2", "DeepseekV3"):
+        name = "shared_expert" if family == "Qwen2Moe" else "shared_experts"
+
+        def shared(layer: Any) -> torch.Tensor | None:
+            expert = getattr(layer.mlp, name, None)
+            return None if expert is None else expert.down_proj.weight
+
+        assert changed(with_zeros(shared)) >= 0.8
+    if family in MIXTURES:
+        assert changed(_with_swapped_experts(model, prompts)) >= 0.8
+    assert _next_tokens(model, prompts) == before, "all is put back"
+
+
+MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3")
+
+
+def _with_swapped_experts(model: Any, prompts: list[list[int]]) -> list[int]:
+    """Each expert in its neighbour's place, in every layer."""
+    experts = [layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    assert experts
+
+    def swap() -> None:
+        with torch.no_grad():
+            for layer in experts:
+                for tensor in (layer.gate_up_proj, layer.down_proj):
+                    order = torch.arange(len(tensor)) ^ 1
+                    tensor.copy_(tensor[order].clone())
+
+    swap()
+    after = _next_tokens(model, prompts)
+    swap()
+    return after

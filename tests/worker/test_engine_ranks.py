@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.worker.engine_fixtures import FAMILIES, GREEDY, greedy, last_logits, logits_of, make_model, make_reference
+from tests.worker.engine_fixtures import (
+    FAMILIES,
+    GREEDY,
+    UNEVEN,
+    greedy,
+    last_logits,
+    logits_of,
+    make_model,
+    make_reference,
+)
 from tests.worker.worker_process import until
 from warmroute_worker import model_config, offline
 from warmroute_worker.args import WorkerArgs
@@ -33,14 +42,6 @@ SLOW = pytest.mark.slow
 QUICK = ("Llama", "Mixtral", "DeepseekV3")
 """Families whose logits `make test` looks at; `make test-all` looks at all."""
 LAYOUTS = {"tp 2": (2, 1), "tp 4": (4, 1), "pp 2": (1, 2), "tp 2, pp 2": (2, 2)}
-UNEVEN = {
-    "vocab_size": 331,
-    "intermediate_size": 100,
-    "num_attention_heads": 6,
-    "hidden_size": 66,
-    "num_key_value_heads": 3,
-    "head_dim": 24,
-}
 
 
 def ranks(

@@ -125,8 +125,8 @@ def generate(rid: str, length: int, new: int = 8, start: int = 0, **more: Any) -
     return Generate(rid, [(start + n * n) % (VOCAB - 1) for n in range(length)], new, **more)
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_thousands_of_random_operations(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "operations"), [*((seed, 1000) for seed in range(16)), (17, 10_000)])
+def test_thousands_of_random_operations(seed: int, operations: int) -> None:
     """Common prefixes, aborts in every state, pools that are too small: each answer is that of the model."""
     draw = random.Random(seed)
     run = Run(
@@ -138,7 +138,7 @@ def test_thousands_of_random_operations(seed: int) -> None:
     sent: dict[str, Generate] = {}
     aborted: set[str] = set()
     stems = [[draw.randrange(VOCAB) for _ in range(24)] for _ in range(3)]
-    for operation in range(1000):
+    for operation in range(operations):
         choice = draw.random()
         if choice < 0.22:
             stem = draw.choice(stems)[: draw.randrange(25)]

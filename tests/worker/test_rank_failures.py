@@ -88,17 +88,19 @@ def test_a_killed_rank_ends_the_worker(layout: list[str], victim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("victim", "busy"),
+    ("layout", "victim", "busy"),
     [
-        (1, True),
-        (0, False),
-        pytest.param(0, True, marks=pytest.mark.slow),
-        pytest.param(1, False, marks=pytest.mark.slow),
+        (TP, 1, True),
+        (PP, 0, False),
+        pytest.param(TP, 0, True, marks=pytest.mark.slow),
+        pytest.param(TP, 0, False, marks=pytest.mark.slow),
+        pytest.param(TP, 1, False, marks=pytest.mark.slow),
+        pytest.param(PP, 0, True, marks=pytest.mark.slow),
+        pytest.param(PP, 1, True, marks=pytest.mark.slow),
     ],
-    ids=["the other, busy", "the driver, idle", "the driver, busy", "the other, idle"],
 )
-def test_a_stopped_rank_ends_the_worker_after_the_watchdogs_time(victim: int, busy: bool) -> None:
-    with demo(*TP, "--watchdog-timeout", "2") as worker:
+def test_a_stopped_rank_ends_the_worker_after_the_watchdogs_time(layout: list[str], victim: int, busy: bool) -> None:
+    with demo(*layout, "--watchdog-timeout", "2") as worker:
         url = worker.url()
         pids = [rank["pid"] for rank in ranks(url)]
         stream = Stream(url) if busy else None
@@ -113,12 +115,12 @@ def test_a_stopped_rank_ends_the_worker_after_the_watchdogs_time(victim: int, bu
         until(lambda: not any(lives(pid) for pid in pids), 2)
     causes = [line for line in worker.stderr if "has shown no life for 2 s" in line]
     assert len(causes) == 1, worker.stderr
-    assert f"rank {victim} (tp {victim}), pid {pids[victim]}" in causes[0]
+    kind = "tp" if layout is TP else "pp"
+    assert f"rank {victim} ({kind} {victim}), pid {pids[victim]}" in causes[0]
 
 
-def test_a_slow_rank_is_waited_for(tmp_path: object) -> None:
+def test_a_slow_rank_is_waited_for() -> None:
     """Shorter than the watchdog's time, a stop is nothing but a pause."""
-    del tmp_path
     with demo(*TP, "--watchdog-timeout", "10") as worker:
         url = worker.url()
         pids = [rank["pid"] for rank in ranks(url)]
