@@ -45,6 +45,7 @@ async def test_a_ready_worker(tmp_path: Path) -> None:
         assert (info["context_length"], info["max_total_tokens"], info["max_running_requests"]) == (512, 4096, 256)
         assert (info["requested"]["device"], info["effective"]["device"]) == ("auto", "cpu")
         assert (info["requested"]["max_total_tokens"], info["effective"]["max_total_tokens"]) == (None, 4096)
+        assert info["effective"]["cuda_graph"] == "none: not implemented"
         model = (await app.client.get("/model_info")).json()
         assert model == (await app.client.get("/get_model_info")).json()
         assert (model["is_generation"], model["model_type"], model["architectures"]) == (

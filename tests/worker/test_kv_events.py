@@ -49,7 +49,7 @@ def cached(cache: KvCache) -> dict[int, tuple[int | None, list[int]]]:
 
 
 def followed(log: KvEventLog) -> dict[int, tuple[int | None, list[int]]]:
-    return {block["block_hash"]: (block["parent_block_hash"], block["token_ids"]) for block in log.snapshot()}
+    return {own: (parent, tokens.tolist()) for own, parent, tokens in log.cached()}
 
 
 @pytest.mark.parametrize("seed", range(8))

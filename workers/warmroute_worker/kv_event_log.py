@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 KEPT_BATCHES = 10_000
 """As many as SGLang and vLLM keep for replay."""
-MOST_BATCHES = 1_000
-"""In one answer."""
+MOST_BATCHES = 200
+"""In one answer: what it takes to write them down holds up the streams."""
 
 
 class KvEventLog:
@@ -66,12 +66,9 @@ class KvEventLog:
         except TimeoutError:
             pass
 
-    def snapshot(self) -> list[dict[str, Any]]:
-        """All cached blocks, each parent before its children."""
-        return [
-            {"block_hash": own, "parent_block_hash": parent, "token_ids": tokens.tolist()}
-            for own, (parent, tokens) in self._cached.items()
-        ]
+    def cached(self) -> list[tuple[int, int | None, array.array[int]]]:
+        """All cached blocks: hash, the parent's hash, tokens; each parent before its children."""
+        return [(own, parent, tokens) for own, (parent, tokens) in self._cached.items()]
 
     def _apply(self, event: list[Any]) -> None:
         match event:

@@ -132,12 +132,10 @@ def stage_of(config: ModelConfig, place: Place, group: TensorGroup) -> Stage:
 def measure(config: ModelConfig, args: WorkerArgs, place: Place, group: TensorGroup) -> Sizes:
     """What this rank can hold. Raises StartupError."""
     layout = place.layout
-    if args.enable_deterministic_inference and not (
-        _device(args.device, place.rank).type == "cpu" and _dtype(args.dtype, config, torch.device("cpu")).itemsize == 4
-    ):
-        raise ModelError("--enable-deterministic-inference is for float32 on CPU: add --device cpu --dtype float32")
     device, context_length = _device(args.device, place.rank), _context_length(config, args)
     dtype = _dtype(args.dtype, config, device)
+    if args.enable_deterministic_inference and not native.usable(dtype, device):
+        raise ModelError("--enable-deterministic-inference is for float32 on CPU: add --device cpu --dtype float32")
     stage = stage_of(config, place, group)
     source = MeasuredWeights(dtype)
     registry.build(config, source, 1, stage)

@@ -7,6 +7,7 @@ vectors to the next, the last draws the tokens and returns them to the driver. W
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections import deque
@@ -51,7 +52,7 @@ class Rank:
         sizes = model_runner.measure(config, args, links.place, links.group)
         # The least of all, so that a page number means the same everywhere.
         pages = [int(text) for text in links.exchange(str(sizes.num_pages))]
-        sizes = model_runner.Sizes(**(vars(sizes) | {"num_pages": min(pages)}))
+        sizes = dataclasses.replace(sizes, num_pages=min(pages))
         self.runner = model_runner.ModelRunner(folder, config, args, links.place, links.group, sizes)
         pool_bytes = sizes.num_pages * sizes.page_bytes
         links.say(weight_bytes=sizes.weight_bytes, pool_bytes=pool_bytes)

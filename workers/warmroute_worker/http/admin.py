@@ -71,7 +71,7 @@ async def server_info(request: web.Request) -> web.Response:
         "max_running_requests": facts.max_running_requests,
         "page_size": facts.page_size,
         "requested": dataclasses.asdict(service.args),
-        "effective": dataclasses.asdict(facts),
+        "effective": {**dataclasses.asdict(facts), "cuda_graph": "none: not implemented"},
     }
     return _json(info)
 
