@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.worker.engine_fixtures import (
     FAMILIES,
@@ -303,6 +304,28 @@ def test_a_rank_reads_only_its_part(llama: Reference) -> None:
     reader._file_of[name] = File()
     reader.tensor(name, shape, part=Part.of_rows(range(64, 128)))
     assert wanted == [(slice(64, 128), slice(0, 64))]
+
+
+@pytest.mark.parametrize("kind", ["fp8 blocks", "int8 rows"])
+def test_a_part_is_dequantised_as_the_whole_is(tmp_path: Path, kind: str) -> None:
+    """Blocks of 24 are cut by the parts' borders."""
+    shape, draw = (100, 70), torch.Generator().manual_seed(3)
+    weight = torch.randn(shape, generator=draw)
+    if kind == "fp8 blocks":
+        stored, suffix = weight.to(torch.float8_e4m3fn), "_scale_inv"
+        scale = torch.rand((5, 3), generator=draw) + 0.5
+    else:
+        stored, suffix = (weight * 30).to(torch.int8), "_scale"
+        scale = torch.rand(100, generator=draw) + 0.5
+    save_file({"w.weight": stored, "w.weight" + suffix: scale}, tmp_path / "model.safetensors")
+    reader = SafetensorsReader(tmp_path, torch.float32, torch.device("cpu"), (24, 24))
+    whole = reader.tensor("w.weight", shape)
+    for part in (
+        Part.of_rows(range(50, 100)),
+        Part(columns=range(35, 70)),
+        Part((range(3, 60), range(7, 9)), range(23, 49)),
+    ):
+        assert torch.equal(reader.tensor("w.weight", shape, part=part), part.take(whole))
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -365,8 +365,8 @@ def test_a_step_that_failed_is_done_again() -> None:
 
 
 def test_batches_under_way_are_of_equal_size() -> None:
-    """Two stages, six requests that decode: three in each plan."""
-    run = Run(depth=2)
+    """Two stages, six requests that were prefilled together: from then on three decode in each plan."""
+    run = Run(depth=2, chunked_prefill_size=64)
     for n in range(6):
         run.scheduler.add(generate(f"r{n}", 5, 12, start=n, ignore_eos=True))
     for _ in range(12):

@@ -191,7 +191,8 @@ async def test_over_zeromq() -> None:
     context.term()
 
 
-async def test_a_replay_ends_with_a_mark() -> None:
+async def test_a_replay_ends_with_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_event_log, "MOST_BATCHES", 1)  # so that it takes several looks
     log = KvEventLog()
     for n in range(3):
         log.append([["BlockStored", [n], None, [n], 1, None, "CPU"]])
