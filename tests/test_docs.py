@@ -7,7 +7,8 @@ import pytest
 
 from tests.processes import REPOSITORY
 from warmroute.config import RouterConfig
-from warmroute_worker.args import ALIASES, WorkerArgs
+from warmroute_worker.args import WorkerArgs
+from warmroute_worker.command_line import ALIASES
 
 GUIDES = {"router.md": RouterConfig, "worker.md": WorkerArgs}
 ELSEWHERE = {

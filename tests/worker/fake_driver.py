@@ -183,13 +183,13 @@ def _common_pages(one: list[int], other: list[int]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent-pid", type=int)
-    parser.add_argument("--engine-fd", type=int)
+    parser.add_argument("--engine-fds", type=int)
     parser.add_argument("--ranks-fd", type=int)
     parser.add_argument("--worker-args", type=WorkerArgs.from_json)
     options = parser.parse_args()
     die_with_parent(options.parent_pid)
     driver = FakeDriver(
-        socket.socket(fileno=options.engine_fd),
+        socket.socket(fileno=options.engine_fds),
         fails_with=os.environ.get("FAKE_FAILS_WITH"),
         start_seconds=float(os.environ.get("FAKE_START_SECONDS", "0")),
         step_seconds=float(os.environ.get("FAKE_STEP_SECONDS", "0")),

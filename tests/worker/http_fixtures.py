@@ -76,7 +76,7 @@ async def running_app(folder: Path, *, ready: bool = True, **driver_options: Any
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0))
     await web.SockSite(runner, listener).start()
-    transport, _ = await asyncio.get_running_loop().create_unix_connection(lambda: service.engine, sock=here)
+    transport, _ = await asyncio.get_running_loop().create_unix_connection(lambda: service.engine.clients[0], sock=here)
     port = listener.getsockname()[1]
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:

@@ -26,8 +26,10 @@ from tests.worker.engine_fixtures import (
 from warmroute_worker.executor import model_runner
 from warmroute_worker.executor.ranks import RankExecutor
 from warmroute_worker.layers import native
-from warmroute_worker.layers.experts import Experts, MixtureOfExperts
+from warmroute_worker.layers.experts import Experts
 from warmroute_worker.layers.linear import RmsNorm
+from warmroute_worker.layers.moe import MixtureOfExperts
+from warmroute_worker.layers.router import Router
 from warmroute_worker.messages import Generate
 from warmroute_worker.model_config import ModelError, read
 from warmroute_worker.weights.source import Packing
@@ -190,14 +192,14 @@ def _no_norm_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _swapped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Experts.__call__
-    monkeypatch.setattr(Experts, "__call__", lambda self, x, chosen, weights: real(self, x, chosen ^ 1, weights))
+    real = Experts.weighted_sums
+    monkeypatch.setattr(Experts, "weighted_sums", lambda self, x, chosen, weights: real(self, x, chosen ^ 1, weights))
 
 
 def _weights_for_another_expert(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Experts.__call__
+    real = Experts.weighted_sums
     monkeypatch.setattr(
-        Experts, "__call__", lambda self, x, chosen, weights: real(self, x, chosen, weights.flip(dims=(1,)))
+        Experts, "weighted_sums", lambda self, x, chosen, weights: real(self, x, chosen, weights.flip(dims=(1,)))
     )
 
 
@@ -233,17 +235,17 @@ def _no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_score_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = MixtureOfExperts._route
+    real = Router.__call__
 
-    def wrong(self: MixtureOfExperts, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def wrong(self: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self._score_bias = None
         return real(self, x)
 
-    monkeypatch.setattr(MixtureOfExperts, "_route", wrong)
+    monkeypatch.setattr(Router, "__call__", wrong)
 
 
 def _every_group_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MixtureOfExperts, "_of_the_best_groups", lambda self, worth: worth)
+    monkeypatch.setattr(Router, "_of_the_best_groups", lambda self, worth: worth)
 
 
 def _pairs_left_together(monkeypatch: pytest.MonkeyPatch) -> None:

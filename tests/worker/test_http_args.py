@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from warmroute_worker import model_folder
-from warmroute_worker.args import WorkerArgs, parse
+from warmroute_worker.args import WorkerArgs
+from warmroute_worker.command_line import parse
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -112,10 +112,10 @@ def test_a_hash_is_of_all_tokens_before() -> None:
 async def test_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_event_log, "KEPT_BATCHES", 3)
     async with running_app(write_folder(tmp_path)) as app:
-        log = app.service.engine.kv_events
+        log = app.service.engine.clients[0].kv_events
         log._batches = type(log._batches)(maxlen=3)
         first, second = block_hash(None, [1, 2]), 77
-        app.service.engine.data_received(
+        app.service.engine.clients[0].data_received(
             messages.encode(messages.KvEvents([["BlockStored", [first], None, [1, 2], 2, None, "CPU"]]))
         )
         answer = (await app.client.get("/kv_events?from=0")).json()
@@ -165,7 +165,7 @@ async def test_over_zeromq() -> None:
     sub, replay = context.socket(zmq.SUB), context.socket(zmq.REQ)
     config = {"publisher": "zmq", "endpoint": free_endpoint(), "replay_endpoint": free_endpoint()}
     first: list[Any] = ["BlockStored", [11], None, [1, 2], 2, None, "CPU"]
-    with publisher(json.dumps(config | {"topic": "kv"}), log):
+    with publisher(json.dumps(config | {"topic": "kv"}), [log]):
         log.append([first])  # before anybody listens
         sub.connect(config["endpoint"])
         sub.subscribe(b"kv")
@@ -199,7 +199,7 @@ async def test_a_replay_ends_with_a_mark(monkeypatch: pytest.MonkeyPatch) -> Non
     context = zmq.asyncio.Context()
     dealer = context.socket(zmq.DEALER)
     config = {"publisher": "zmq", "endpoint": free_endpoint(), "replay_endpoint": free_endpoint()}
-    with publisher(json.dumps(config), log):
+    with publisher(json.dumps(config), [log]):
         dealer.connect(config["replay_endpoint"])
         await dealer.send_multipart([b"", b"nonsense?"])
         await dealer.send_multipart([b"", (1).to_bytes(8, "big")])
@@ -214,10 +214,10 @@ async def test_a_publisher_that_cannot_be_says_why() -> None:
     log = KvEventLog()
     config = {"publisher": "zmq", "endpoint": free_endpoint()}
     with (
-        publisher(json.dumps(config), log),
+        publisher(json.dumps(config), [log]),
         pytest.raises(PublisherError, match="cannot bind: Address already in use"),
-        publisher(json.dumps(config), log),
+        publisher(json.dumps(config), [log]),
     ):
         pass
-    with publisher(None, log), publisher("{}", log):
+    with publisher(None, [log]), publisher("{}", [log]):
         pass

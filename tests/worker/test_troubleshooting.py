@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from warmroute_worker.step_plan import StepPlan
+
 GUIDE = (REPOSITORY / "docs" / "worker.md").read_text().partition("## Troubleshooting")[2]
 ROWS = [line.split("|")[1:3] for line in GUIDE.splitlines() if line.startswith("| ") and "what you see" not in line]
 
@@ -112,8 +114,18 @@ def _slow_sums(folder: Path, _: pytest.LogCaptureFixture) -> str:
 def _bubbles(folder: Path, _: pytest.LogCaptureFixture) -> str:
     """One request keeps one of two stages busy at a time, many keep both."""
 
-    def bubble(requests: int) -> float:
+    def run(requests: int) -> tuple[float, int]:
+        """The metric, and how many plans were under way at most."""
+        most = 0
         with ranks(folder, 1, 2) as (engine, region):
+            submit = engine.executor.submit
+
+            def counted(plan: StepPlan) -> None:
+                nonlocal most
+                submit(plan)
+                most = max(most, engine._under_way + 1)
+
+            engine.executor.submit = counted  # type: ignore[method-assign]
             for n in range(requests):
                 engine.scheduler.add(Generate(str(n), [n, 2, 3], 64, ignore_eos=True))
             while not engine.is_idle:
@@ -121,10 +133,15 @@ def _bubbles(folder: Path, _: pytest.LogCaptureFixture) -> str:
             statuses = [{"tp_rank": 0, **region.status(rank)} for rank in (0, 1)]
             ratio = metrics.bubble_ratio(statuses)
             assert ratio is not None
-            return ratio
+            return ratio, most
 
-    assert bubble(1) > 0.45
-    assert bubble(16) < bubble(1) - 0.1
+    alone, one_plan = run(1)
+    assert alone > 0.45
+    assert one_plan == 1
+    # How much less the second stage waits then depends on who else uses the machine; that it has work does not.
+    together, two_plans = run(16)
+    assert 0 < together < 1
+    assert two_plans == 2
     return "warmroute_worker_pp_bubble_ratio"
 
 

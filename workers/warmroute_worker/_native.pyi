@@ -44,8 +44,9 @@ class Region:
 
     def status(self, rank: int) -> dict[str, int]:
         """What a rank says of itself: pid, heartbeat, steps, busy_ns, comm_ns, weight_bytes, pool_bytes, slot_bytes,
-        active_ns;
-        of each operation the number of calls and the bytes given to it (`all_reduce_calls`, `all_reduce_bytes` ...)."""
+        active_ns, prefill_steps, decode_steps, idle_steps, stored_bytes, sent_rows, expert_rows, overlap_ns,
+        moved_experts; of each operation the number of calls and the bytes given to it (`all_reduce_calls`,
+        `all_reduce_bytes` ...)."""
 
     def get(self, rank: int, counter: str) -> int:
         """One of the numbers of `status`, without the operations."""
@@ -73,6 +74,15 @@ class Group:
 
     def gather(self, address: int, sizes: Sequence[int], place: int, root: int | None, out: int | None) -> None:
         """At `root` (None: everywhere) `out` gets the parts of all members, of `sizes[member]` bytes. `place`: ours."""
+
+    def reduce_scatter(self, address: int, num_bytes: int, wanted: tuple[int, int], dtype: str) -> None:
+        """Bytes `wanted[0]` to `wanted[1]` of the vector become the sum of all members'; the others stay."""
+
+    def exchange(
+        self, kind: str, address: int, sizes: Sequence[int], place: int, wanted: Sequence[tuple[int, int]], out: int
+    ) -> None:
+        """Each member shows `sizes[member]` bytes; `out` gets bytes `wanted[member]` of each, one after the other.
+        `kind`: gather or all_to_all, as which it is counted. `place`: ours."""
 
     def broadcast(self, address: int, num_bytes: int, root: int) -> None:
         """The vector becomes what it is at `root`."""

@@ -1,16 +1,14 @@
-"""The worker's command line: every flag, every default and every check of a value, once. Imports no torch.
+"""What a worker can be asked for: every default and every check of a value, once. Imports no torch.
 
-`parse` turns an argument vector into a `WorkerArgs`; nobody checks these values again. Names and meanings are those of
-`sglang.srt.server_args`; an SGLang flag that this worker does not implement is refused with the reason, never ignored.
+Names and meanings are those of `sglang.srt.server_args`; command_line.py has the flags.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from warmroute_worker.topology import Layout
 
@@ -20,7 +18,17 @@ LOAD_FORMATS = ("auto", "dummy")
 SCHEDULE_POLICIES = ("fcfs", "lpm")
 ATTENTION_BACKENDS = ("auto", "torch_native", "triton", "fa3", "flashinfer", "flex_attention")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOAD_BALANCE_METHODS = ("auto", "round_robin", "total_requests", "total_tokens")
+A2A_BACKENDS = ("none", "deepep", "mooncake", "nixl", "mori")
+GROUPED_RUNNERS = ("grouped_mm", "triton", "deep_gemm")
+RUNNERS = ("auto", "loop", *GROUPED_RUNNERS)
+EP_ROWS = ("rank", "expert")
+DISPATCH_ALGORITHMS = ("static", "dynamic")
 MAX_RANKS = 64
+
+DP_CONSERVATIVENESS = 0.3
+"""With DP attention `schedule_conservativeness` is multiplied by it, as in SGLang: ranks keep each other waiting, so a
+fuller batch is worth more than a retraction costs."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,45 @@ class WorkerArgs:
     """Ranks among which each layer is divided."""
     pp_size: int = 1
     """Stages into which the layers are divided."""
+    dp_size: int = 1
+    """Schedulers with caches of their own: replicas, or with `enable_dp_attention` parts of one replica's ranks."""
+    enable_dp_attention: bool = False
+    """The data-parallel ranks share MLPs and experts; only attention, cache and scheduler are each one's own."""
+    enable_dp_lm_head: bool = False
+    """With DP attention: the head is divided among the ranks of a data-parallel rank only."""
+    load_balance_method: str = "auto"
+    """Which data-parallel rank a request goes to that names none. auto: round_robin."""
+    ep_size: int = 1
+    """Parts into which the experts are divided; of the ranks of a part each has a share of every expert."""
+    moe_a2a_backend: str = "none"
+    """none: every rank has all rows. Any other: rows are sent to the ranks of their experts, by our own all-to-all."""
+    moe_runner_backend: str = "auto"
+    """loop: one product after the other; grouped_mm: all experts of a rank in one. auto: loop; others: grouped_mm."""
+    ep_rows: str = "rank"
+    """With an all-to-all a row is sent once to each rank that has some of its experts, or once for each expert."""
+    enable_eplb: bool = False
+    """Experts are moved between ranks from time to time, so that each has as much to do."""
+    ep_num_redundant_experts: int = 0
+    """Slots for second copies of experts."""
+    eplb_rebalance_num_iterations: int = 1000
+    """Steps between two looks at how the rows are distributed."""
+    eplb_rebalance_layers_per_chunk: int | None = None
+    """Layers whose experts are moved between two steps; None: all."""
+    eplb_min_rebalancing_utilization_threshold: float = 1.0
+    """Nothing is moved when the mean rank has this share of the busiest one's rows, or more."""
+    ep_dispatch_algorithm: str = "static"
+    """Which copy of an expert is used. static: the sender's own if it has one; dynamic: by the token."""
+    enable_two_batch_overlap: bool = False
+    """Steps are computed in two halves: while the rows of one are on their way, the other is computed."""
+    tbo_token_distribution_threshold: float = 0.48
+    """If the smaller half has less than this share of the tokens, a long sequence is cut in two."""
+    nnodes: int = 1
+    """Launchers that make one worker together, each with as many ranks."""
+    node_rank: int = 0
+    dist_init_addr: str | None = None
+    """host:port at which node 0 waits for the others."""
+    dist_timeout: float = 60.0
+    """Seconds that nodes wait for each other at start."""
     disable_custom_all_reduce: bool = False
     """Add up over gloo (CPU) or NCCL (CUDA) instead of through shared memory."""
     enable_deterministic_inference: bool = False
@@ -104,13 +151,19 @@ class WorkerArgs:
         )
         _check_kv_events(self.kv_events_config)
         _check(self.watchdog_timeout > 0, f"--watchdog-timeout must be above 0, got {self.watchdog_timeout}")
-        _check(
-            self.tp_size * self.pp_size <= MAX_RANKS,
-            f"--tp-size {self.tp_size} x --pp-size {self.pp_size} is more than {MAX_RANKS} ranks",
-        )
+        for name, choices in _CHOICES.items():
+            _check(
+                getattr(self, name) in choices,
+                f"{_dashed(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}",
+            )
         for flag in _AT_LEAST_ONE:
             value: int | None = getattr(self, flag)
             _check(value is None or value >= 1, f"{_dashed(flag)} must be at least 1, got {value}")
+        self._check_parallel()
+        _check(
+            self.layout.world_size <= MAX_RANKS,
+            f"{self.layout} makes {self.layout.world_size} ranks, the most is {MAX_RANKS}",
+        )
         _check(
             self.max_total_tokens is None or self.max_total_tokens >= self.page_size,
             f"--max-total-tokens must hold at least one page of {self.page_size} tokens, got {self.max_total_tokens}",
@@ -130,9 +183,109 @@ class WorkerArgs:
         _check(self.drain_timeout >= 0, f"--drain-timeout must not be negative, got {self.drain_timeout}")
         _check(0 <= self.random_seed < 1 << 63, f"--random-seed must be between 0 and 2^63 - 1, got {self.random_seed}")
 
+    def _check_parallel(self) -> None:
+        tp, dp, ep = self.tp_size, self.dp_size, self.ep_size
+        _check(
+            not self.enable_dp_attention or tp % dp == 0,
+            f"Constraint tp_size % dp_size == 0 not satisfied: --tp-size {tp}, --dp-size {dp}; with "
+            f"--enable-dp-attention --dp-size can be {_divisors(tp)}",
+        )
+        _check(tp % ep == 0, f"--ep-size {ep} does not divide --tp-size {tp}; it can be {_divisors(tp)}")
+        _check(
+            self.nnodes == 1 or dp == 1 or self.enable_dp_attention,
+            "multi-node data parallel is not supported unless dp attention! (--nnodes with --dp-size wants "
+            "--enable-dp-attention)",
+        )
+        _check(
+            self.layout.world_size % self.nnodes == 0,
+            f"--nnodes {self.nnodes} does not divide the {self.layout.world_size} ranks ({self.layout or 'one rank'})",
+        )
+        _check(0 <= self.node_rank < self.nnodes, f"--node-rank must be below --nnodes {self.nnodes}")
+        _check(
+            self.nnodes == 1 or self.dist_init_addr is not None,
+            "--nnodes wants --dist-init-addr HOST:PORT, the same on all nodes",
+        )
+        _check(
+            not (self.enable_eplb or self.ep_num_redundant_experts) or self.layout.ep_size > 1,
+            "--enable-eplb and --ep-num-redundant-experts are for --ep-size above 1",
+        )
+        _check(self.ep_num_redundant_experts >= 0, "--ep-num-redundant-experts must not be negative")
+        _check(
+            not self.enable_two_batch_overlap or self.moe_a2a_backend != "none",
+            "--enable-two-batch-overlap wants --moe-a2a-backend other than none: without rows on their way there is "
+            "nothing to overlap",
+        )
+        for flag in ("eplb_min_rebalancing_utilization_threshold", "tbo_token_distribution_threshold"):
+            _check(0 <= getattr(self, flag) <= 1, f"{_dashed(flag)} must be between 0 and 1, got {getattr(self, flag)}")
+        _check(self.dist_timeout > 0, f"--dist-timeout must be above 0, got {self.dist_timeout}")
+
     @property
     def layout(self) -> Layout:
-        return Layout(self.tp_size, self.pp_size)
+        # With an all-to-all a rank has whole experts, as in SGLang.
+        sends = self.moe_a2a_backend != "none"
+        dp_attention = self.enable_dp_attention and self.dp_size > 1
+        return Layout(self.tp_size, self.pp_size, self.dp_size, dp_attention, self.tp_size if sends else self.ep_size)
+
+    def local_ranks(self) -> range:
+        """The ranks of this node: as many on each, one after the other."""
+        each = self.layout.world_size // self.nnodes
+        return range(self.node_rank * each, (self.node_rank + 1) * each)
+
+    def of_rank(self) -> tuple[int, int, float]:
+        """Of each data-parallel rank: requests in a batch, prompt tokens in a step, conservativeness."""
+        dp = self.dp_size if self.layout.dp_attention else 1
+        if dp == 1:
+            return self.max_running_requests, self.chunked_prefill_size, self.schedule_conservativeness
+        chunk = self.chunked_prefill_size if self.chunked_prefill_size < 0 else max(self.chunked_prefill_size // dp, 1)
+        return (
+            max(self.max_running_requests // dp, 1),
+            chunk,
+            self.schedule_conservativeness * DP_CONSERVATIVENESS,
+        )
+
+    def effective(self) -> dict[str, Any]:
+        """What becomes of the flags of parallelism, by name: as `/server_info` tells it."""
+        layout = self.layout
+        sends = self.moe_a2a_backend != "none" and layout.ep_size > 1
+        running, chunk, conservativeness = self.of_rank()
+        return {
+            "enable_dp_attention": layout.dp_attention,
+            "enable_dp_lm_head": layout.dp_attention and self.enable_dp_lm_head,
+            "dp_size": layout.dp_size,
+            "ep_size": layout.ep_size,
+            "moe_a2a_backend": "built-in all-to-all" if sends else "none",
+            "moe_runner_backend": "grouped_mm" if self.moe_runner_backend in GROUPED_RUNNERS else "loop",
+            "load_balance_method": "round_robin" if self.load_balance_method == "auto" else self.load_balance_method,
+            "max_running_requests_per_dp_rank": running,
+            "chunked_prefill_size_per_dp_rank": chunk,
+            "schedule_conservativeness": conservativeness,
+        }
+
+    def remarks(self) -> list[str]:
+        """Lines for the operator: what a flag became, or what would be better."""
+        layout, lines = self.layout, []
+        if self.enable_dp_attention and not layout.dp_attention:
+            lines.append("--enable-dp-attention has no effect with --dp-size 1: it is off")
+        if self.enable_dp_lm_head and not layout.dp_attention:
+            lines.append("--enable-dp-lm-head has no effect without DP attention")
+        if layout.ep_size != self.ep_size:
+            lines.append(f"--moe-a2a-backend {self.moe_a2a_backend}: --ep-size is {layout.ep_size}, as --tp-size")
+        if self.moe_a2a_backend != "none":
+            lines.append(f"--moe-a2a-backend {self.moe_a2a_backend}: the built-in all-to-all is used")
+        if self.moe_runner_backend in GROUPED_RUNNERS[1:]:
+            lines.append(f"--moe-runner-backend {self.moe_runner_backend}: grouped_mm of torch is used")
+        if layout.dp_attention:
+            running, chunk, conservativeness = self.of_rank()
+            lines.append(
+                f"DP attention: each of {layout.dp_size} ranks takes {running} requests and {chunk} prompt tokens per "
+                f"step, conservativeness {conservativeness:g}"
+            )
+        elif layout.dp_size > 1:
+            lines.append(
+                f"{layout.dp_size} replicas behind this worker's own balancer, which does not look at caches: "
+                "`launch_server --dp-size` starts as many workers behind a cache-aware router, which is better"
+            )
+        return lines
 
     def to_json(self) -> str:
         """How the supervisor hands the arguments to the processes it starts; `from_json` is the other end."""
@@ -143,19 +296,6 @@ class WorkerArgs:
         return cls(**json.loads(text))
 
 
-def parse(argv: list[str], program: str = "launch_worker") -> WorkerArgs:
-    """The arguments of `argv` (without the program's name). Exits with 2 and one line on stderr for a bad one."""
-    parser = _parser(program)
-    values = vars(parser.parse_args(argv))
-    values = {name: value for name, value in values.items() if name not in _SIZES_OF_ONE}
-    if values["served_model_name"] is None:
-        values["served_model_name"] = values["model_path"]
-    try:
-        return WorkerArgs(**values)
-    except ValueError as error:
-        parser.error(str(error))
-
-
 _AT_LEAST_ONE = (
     "page_size",
     "max_total_tokens",
@@ -164,153 +304,20 @@ _AT_LEAST_ONE = (
     "threads",
     "tp_size",
     "pp_size",
+    "dp_size",
+    "ep_size",
+    "nnodes",
+    "eplb_rebalance_num_iterations",
+    "eplb_rebalance_layers_per_chunk",
 )
 
-ALIASES: dict[str, tuple[str, ...]] = {
-    "--tp-size": ("--tp", "--tensor-parallel-size"),
-    "--pp-size": ("--pipeline-parallel-size", "--pp"),
+_CHOICES = {
+    "load_balance_method": LOAD_BALANCE_METHODS,
+    "moe_a2a_backend": A2A_BACKENDS,
+    "moe_runner_backend": RUNNERS,
+    "ep_rows": EP_ROWS,
+    "ep_dispatch_algorithm": DISPATCH_ALGORITHMS,
 }
-
-_SIZES_OF_ONE: dict[str, tuple[tuple[str, ...], str]] = {
-    "dp_size": (
-        ("--dp-size", "--dp", "--data-parallel-size"),
-        "one worker is one replica; `launch_server --dp-size N` starts N workers and a router in front of them",
-    ),
-    "ep_size": (("--ep-size", "--ep", "--expert-parallel-size"), "expert parallelism comes with a later release"),
-    "nnodes": (("--nnodes",), "a worker runs on one host for now"),
-}
-"""SGLang options of which only the value 1 means what this worker does."""
-
-_REFUSED: dict[str, str] = {
-    "--api-key": "it does not check keys; listen on a private address and let the router check them",
-    "--chat-template": "the template of the model folder is used; put chat_template.jinja there",
-    "--cuda-graph-max-bs": "there are no CUDA graphs yet",
-    "--disable-radix-cache": "the prefix cache is always on",
-    "--disaggregation-mode": "prefill and decode run in the same worker",
-    "--dist-init-addr": "a worker runs on one host for now",
-    "--enable-dp-attention": "DP attention comes with a later release",
-    "--enable-ep-moe": "expert parallelism comes with a later release",
-    "--enable-eplb": "expert parallelism comes with a later release",
-    "--enable-lora": "LoRA adapters are not supported",
-    "--enable-metrics": "metrics are always on at GET /metrics",
-    "--enable-mixed-chunk": "it comes with a later release",
-    "--enable-torch-compile": "it comes with a later release",
-    "--enable-two-batch-overlap": "expert parallelism comes with a later release",
-    "--is-embedding": "only text generation is supported",
-    "--kv-cache-dtype": "the KV pool has the model's dtype",
-    "--lora-paths": "LoRA adapters are not supported",
-    "--moe-a2a-backend": "expert parallelism comes with a later release",
-    "--moe-runner-backend": "there is one implementation of experts, torch's own",
-    "--node-rank": "a worker runs on one host for now",
-    "--quantization": "what config.json says about quantisation is used",
-    "--reasoning-parser": "answers are returned as the model wrote them",
-    "--skip-tokenizer-init": "the worker always tokenises",
-    "--speculative-algorithm": "speculative decoding is not supported",
-    "--stream-interval": "every step is sent",
-    "--tokenizer-path": "the tokenizer of the model folder is used",
-    "--tool-call-parser": "tools are not supported",
-    "--trust-remote-code": "code from model folders is never run",
-}
-"""SGLang options that are refused whatever their value, with the reason."""
-
-
-def _parser(program: str) -> argparse.ArgumentParser:
-    defaults = {field.name: field.default for field in dataclasses.fields(WorkerArgs)}
-    parser = _OneLineParser(
-        prog=program,
-        description="Serve one model over HTTP: OpenAI's and SGLang's endpoints on a torch engine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--model-path",
-        "--model",
-        required=True,
-        help="a folder in Hugging Face layout, or `demo` for the embedded demo model",
-    )
-    parser.add_argument("--served-model-name", default=None, help="name at /v1/models; None: the model path")
-    for flag, kind, text in (
-        ("--host", str, "address to listen on"),
-        ("--port", int, "port to listen on; 0: any free one"),
-        ("--page-size", int, "tokens per page of the KV pool"),
-        ("--max-total-tokens", int, "tokens in the KV pool; None: from the memory there is"),
-        ("--mem-fraction-static", float, "share of memory for weights and KV pool together"),
-        ("--max-running-requests", int, "requests in one batch at most"),
-        ("--max-queued-requests", int, "requests that may wait before new ones get 503; None: no limit"),
-        ("--schedule-conservativeness", float, "more than 1: keep more of the pool free, retract less"),
-        ("--chunked-prefill-size", int, "prompt tokens per step at most; -1: whole prompts"),
-        ("--context-length", int, "tokens per request at most; None: the model's own limit"),
-        ("--random-seed", int, "seed of sampling and of dummy weights"),
-        ("--threads", int, "torch threads of a rank; None: the cores there are, divided among the ranks"),
-        ("--tp-size", int, "ranks among which each layer is divided"),
-        ("--pp-size", int, "stages into which the layers are divided"),
-        ("--kv-events-config", str, "JSON: publish the events of the prefix cache over ZeroMQ"),
-        ("--watchdog-timeout", float, "seconds after which a rank that shows no life ends the worker"),
-        ("--drain-timeout", float, "seconds for running requests after SIGTERM"),
-    ):
-        name = flag[2:].replace("-", "_")
-        parser.add_argument(flag, *ALIASES.get(flag, ()), dest=name, type=kind, default=defaults[name], help=text)
-    for flag, choices, text in (
-        ("--device", DEVICES, "auto: CUDA when there is one"),
-        ("--dtype", DTYPES, "auto: what is fast on the device"),
-        ("--schedule-policy", SCHEDULE_POLICIES, "fcfs: who came first; lpm: the longest cached prefix"),
-        ("--attention-backend", ATTENTION_BACKENDS, "auto: our own kernel where it runs; any other: torch's"),
-        ("--load-format", LOAD_FORMATS, "dummy: seeded random weights, only config.json and tokenizer are read"),
-        ("--log-level", LOG_LEVELS, "what is logged to stderr"),
-    ):
-        parser.add_argument(flag, choices=choices, default=defaults[flag[2:].replace("-", "_")], help=text)
-    for flag, text in (
-        ("--disable-custom-all-reduce", "add up over gloo (CPU) or NCCL (CUDA), not through shared memory"),
-        ("--enable-priority-scheduling", "requests with a higher `priority` are admitted first"),
-        ("--enable-p2p-check", "measure at start whether and how fast ranks reach each other's memory"),
-        ("--disable-cuda-graph", "accepted: there are no CUDA graphs yet"),
-        ("--enable-deterministic-inference", "the same bits whatever is computed beside a request (float32 on CPU)"),
-    ):
-        parser.add_argument(flag, action="store_true", help=text)
-    for name, (flags, reason) in _SIZES_OF_ONE.items():
-        parser.add_argument(
-            *flags, dest=name, action=_OnlyOne, reason=reason, type=int, default=1, help=argparse.SUPPRESS
-        )
-    for flag, reason in _REFUSED.items():
-        parser.add_argument(
-            flag, dest=argparse.SUPPRESS, action=_Refuse, reason=reason, nargs="?", help=argparse.SUPPRESS
-        )
-    return parser
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line: argparse prints the whole usage before the line that matters."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class _Refuse(argparse.Action):
-    def __init__(self, *, reason: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._reason = reason
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        del namespace, values
-        parser.error(f"{option} is an SGLang option this worker does not implement: {self._reason}; remove it")
-
-
-class _OnlyOne(argparse.Action):
-    def __init__(self, *, reason: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._reason = reason
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        del namespace
-        if values != 1:
-            parser.error(
-                f"{option} is an SGLang option this worker does not implement: {self._reason}; remove it or set it to 1"
-            )
-
 
 _KV_EVENTS = {"publisher", "endpoint", "replay_endpoint", "topic", "hwm", "enable_kv_cache_events"}
 
@@ -338,3 +345,7 @@ def _check(condition: bool, message: str) -> None:
 
 def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -22,6 +22,7 @@ from warmroute_worker.messages import (
     Profile,
     Reply,
     Shutdown,
+    Wake,
     encode,
 )
 from warmroute_worker.startup_error import StartupError
@@ -97,19 +98,38 @@ def main(sock: socket.socket, args: WorkerArgs, links: RankLinks) -> int:
 
 def serve(link: Link, engine: Engine, links: RankLinks) -> int:
     """Take what has arrived, compute one step, say what it brought; until the other end is gone or says Shutdown."""
-    while (messages := link.receive(wait=engine.is_idle or engine.is_paused)) is not None:
+    pauses: list[Pause] = []
+    while (messages := link.receive(wait=not engine.must_step)) is not None:
         links.beat()
         for message in messages:
             if isinstance(message, Shutdown):
                 engine.close()
                 return 0
-            _deliver(message, engine, link)
-        if not engine.is_idle and not engine.is_paused:
-            link.send(engine.step())
+            if isinstance(message, Pause):
+                engine.is_paused = True
+                pauses.append(message)
+            else:
+                _deliver(message, engine, link)
+        if engine.must_step or pauses:
+            if engine.lock_step is not None and not engine.lock_step.is_awake and engine.must_step:
+                link.send(Wake(engine.lock_step.round + 1))
+            _step(link, engine, pauses)
         if events := engine.cache_events.drain():
             link.send(KvEvents(events))
     engine.close()
     return 0
+
+
+def _step(link: Link, engine: Engine, pauses: list[Pause]) -> None:
+    """One step, or what is under way; answers `pauses` once nothing is."""
+    if engine.must_step or not engine.is_settled:
+        link.send(engine.step())
+    if pauses and engine.is_settled:
+        if any(pause.mode == "retract" for pause in pauses):
+            engine.scheduler.retract_all()
+        for pause in pauses:
+            link.send(Reply(pause.id, True, "paused"))
+        pauses.clear()
 
 
 def _deliver(message: Message, engine: Engine, link: Link) -> None:
@@ -120,14 +140,13 @@ def _deliver(message: Message, engine: Engine, link: Link) -> None:
             engine.scheduler.abort(message.rid)
         case Flush():
             link.send(engine.scheduler.flush(message.id))
-        case Pause():
-            for output in engine.pause(retract=message.mode == "retract"):
-                link.send(output)
-            link.send(Reply(message.id, True, "paused"))
         case Continue():
             engine.is_paused = False
             link.send(Reply(message.id, True, "going on"))
         case Profile():
             link.send(Reply(message.id, *engine.profile(message.folder)))
+        case Wake():
+            assert engine.lock_step is not None
+            engine.lock_step.wake(message.round)
         case _:
             raise ValueError(f"{type(message).__name__} is not for the driver")

@@ -11,6 +11,7 @@ from warmroute_worker.executor import ranks
 from warmroute_worker.executor.executor import StepOutOfMemoryError
 from warmroute_worker.kv.cache import KvCache
 from warmroute_worker.kv.events import CacheEvents
+from warmroute_worker.lock_step import LockStep
 from warmroute_worker.messages import Ready
 from warmroute_worker.scheduler.scheduler import Limits, Scheduler
 
@@ -38,20 +39,22 @@ class Engine:
         self.executor = executor
         self.cache_events = CacheEvents(args.page_size, "CPU" if facts.device == "cpu" else "GPU")
         self.cache = KvCache(facts.num_pages, self.cache_events)
+        running, chunk, conservativeness = args.of_rank()
         limits = Limits(
             context_length=facts.context_length,
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
             page_size=args.page_size,
-            max_running_requests=args.max_running_requests,
-            chunked_prefill_size=args.chunked_prefill_size,
+            max_running_requests=running,
+            chunked_prefill_size=chunk,
             schedule_policy=args.schedule_policy,
-            schedule_conservativeness=args.schedule_conservativeness,
+            schedule_conservativeness=conservativeness,
             priorities=args.enable_priority_scheduling,
             random_seed=args.random_seed,
             depth=facts.depth,
         )
         self._depth, self._under_way = facts.depth, 0
+        self.lock_step = LockStep(executor) if args.layout.dp_attention else None
         self._failures = 0
         """Steps in a row that ran out of memory."""
         self.is_paused = False
@@ -61,7 +64,7 @@ class Engine:
             vocab_size=config.vocab_size,
             max_total_tokens=facts.num_pages * args.page_size,
             page_size=args.page_size,
-            max_running_requests=args.max_running_requests,
+            max_running_requests=running,
             eos_token_ids=list(config.eos_token_ids),
             model_type=config.model_type,
             architectures=list(config.architectures),
@@ -86,8 +89,10 @@ class Engine:
         With several stages, as many plans are under way as there are stages, and the oldest is waited for.
         """
         while self._under_way < self._depth:
-            plan = self.scheduler.schedule()
-            if not len(plan) and self._under_way:
+            plan = self.scheduler.schedule(hold=self.is_paused)
+            if self.lock_step is not None:
+                plan = self.lock_step.joined(plan, self._under_way)
+            if plan.is_idle and self._under_way:
                 self.scheduler.withdraw()
                 break
             try:
@@ -98,16 +103,17 @@ class Engine:
             self._failures = 0
         return self._collect()
 
-    def pause(self, *, retract: bool) -> list[StepOutput]:
-        """Begin no step until `is_paused` is false again; what the steps under way bring.
+    @property
+    def must_step(self) -> bool:
+        """There is something to compute or to say, here or, with ranks that go in step, elsewhere."""
+        if self.lock_step is not None and self.lock_step.is_awake:
+            return True
+        return not self.scheduler.is_idle and not self.is_paused
 
-        `retract`: those that run give up their pages and are computed again later.
-        """
-        self.is_paused = True
-        outputs = [self._collect() for _ in range(self._under_way)]
-        if retract:
-            self.scheduler.retract_all()
-        return outputs
+    @property
+    def is_settled(self) -> bool:
+        """Nothing of this engine's requests is being computed."""
+        return not self.scheduler.has_work_under_way
 
     def profile(self, folder: str | None) -> tuple[bool, str]:
         """Begin a trace on every rank, or end it; whether that could be done, and a line for the user."""

@@ -1,4 +1,4 @@
-"""The HTTP process's end of the socket to the driver: frames out, frames in, and who waits for what.
+"""The HTTP process's end of the socket to one driver: frames out, frames in, and who waits for what.
 
 `EngineClient` owns the set of prompts the engine works on (`live`); a prompt leaves it exactly once: when it is
 finished, when a stop string ends it, when its client has gone, or when the driver is gone.
@@ -17,7 +17,8 @@ from warmroute_worker.kv_event_log import KvEventLog
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from warmroute_worker.metrics import Metrics
+    from warmroute_worker.data_parallel import DataParallelController
+    from warmroute_worker.metrics import RankMetrics
     from warmroute_worker.request_state import RequestState
 
 
@@ -35,7 +36,9 @@ class Phase(enum.Enum):
 class EngineClient(asyncio.Protocol):
     """Use on one event loop only."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: RankMetrics, dp_rank: int, controller: DataParallelController) -> None:
+        self.dp_rank = dp_rank
+        self._controller = controller
         self.phase = Phase.STARTING
         self.failure: str | None = None
         """With FAILED: why."""
@@ -48,8 +51,6 @@ class EngineClient(asyncio.Protocol):
         self.idle = asyncio.Event()
         """Set while `live` is empty."""
         self.idle.set()
-        self.phase_changed = asyncio.Event()
-        """Set whenever `phase` changes; whoever waits for it clears it."""
         self._metrics = metrics
         self._born = time.monotonic()
         self._reader = messages.FrameReader()
@@ -58,7 +59,12 @@ class EngineClient(asyncio.Protocol):
         self._asked = 0
 
     def __repr__(self) -> str:
-        return f"<EngineClient {self.phase.value}, {len(self.live)} live>"
+        return f"<EngineClient {self.dp_rank} {self.phase.value}, {len(self.live)} live>"
+
+    @property
+    def live_tokens(self) -> int:
+        """Of all live prompts and their answers so far."""
+        return sum(state.prompt_tokens + len(state.output_ids) for state in self.live.values())
 
     def submit(self, state: RequestState, request: messages.Generate) -> None:
         """Hands a prompt to the engine. Its state is written from now on until it is finished or `cancel`led."""
@@ -121,6 +127,14 @@ class EngineClient(asyncio.Protocol):
         finally:
             self._replies.pop(number, None)
 
+    def tell(self, message: messages.Wake) -> None:
+        """Pass on what another rank says."""
+        self._send(message)
+
+    def lose(self, message: str) -> None:
+        """Another rank of the worker has failed, and so has this one."""
+        self._lost(message)
+
     def shut_down(self) -> None:
         """Tells the driver to end; nothing may be submitted afterwards."""
         self._send(messages.Shutdown())
@@ -144,6 +158,8 @@ class EngineClient(asyncio.Protocol):
                 case messages.Failed():
                     self.failed_with_words = True
                     self._lost(message.message)
+                case messages.Wake():
+                    self._controller.woken(self, message)
                 case messages.KvEvents():
                     self.kv_events.append(message.events)
                 case messages.Reply():
@@ -207,8 +223,10 @@ class EngineClient(asyncio.Protocol):
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
-        self.phase_changed.set()
+        self._controller.changed(self)
 
-    def _send(self, message: messages.Generate | messages.Abort | messages.Shutdown | _Question) -> None:
+    def _send(
+        self, message: messages.Generate | messages.Abort | messages.Shutdown | messages.Wake | _Question
+    ) -> None:
         if self._transport is not None:
             self._transport.write(messages.encode(message))

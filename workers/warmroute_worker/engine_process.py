@@ -35,7 +35,12 @@ LAST_WORDS_SECONDS = 1.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parent-pid", type=int, required=True)
-    parser.add_argument("--engine-fd", type=int, required=True, help="the driver's end of the socket pair")
+    parser.add_argument(
+        "--engine-fds",
+        type=_numbers,
+        required=True,
+        help="the drivers' ends of the socket pairs, by data-parallel rank",
+    )
     parser.add_argument("--ranks-fd", type=int, required=True, help="the memory that the ranks share")
     parser.add_argument("--worker-args", type=WorkerArgs.from_json, required=True)
     parser.add_argument("--rank", type=int, help="be this rank")
@@ -49,15 +54,16 @@ def main() -> int:
     layout = args.layout
     region = Region(options.ranks_fd, layout.world_size, layout.groups())
     if options.rank is not None or layout.world_size == 1:
-        return _be_rank(options.rank or 0, args, region, options.engine_fd)
+        return _be_rank(layout.place(options.rank or 0), args, region, options.engine_fds)
     ranks = _Ranks(args, region)
     if may_fork(args.device):
         # By name, so that the module is there in all ranks and this one does no more with it.
         importlib.import_module("warmroute_worker.rank_process")
-        ranks.fork(options.engine_fd)
+        ranks.fork(options.engine_fds)
     else:
-        ranks.execute(options.engine_fd, options.ranks_fd)
-    os.close(options.engine_fd)
+        ranks.execute(options.engine_fds, options.ranks_fd)
+    for fd in options.engine_fds:
+        os.close(fd)
     return ranks.watch()
 
 
@@ -74,19 +80,19 @@ class _Ranks:
         self._alive: dict[int, Place] = {}
         self._places = [args.layout.place(rank) for rank in range(args.layout.world_size)]
 
-    def fork(self, engine_fd: int) -> None:
+    def fork(self, engine_fds: list[int]) -> None:
         parent = os.getpid()
         for place in self._places:
             pid = os.fork()
             if pid == 0:
-                self._be_child(place, parent, engine_fd)
+                self._be_child(place, parent, engine_fds)
             self._alive[pid] = place
 
-    def execute(self, engine_fd: int, ranks_fd: int) -> None:
+    def execute(self, engine_fds: list[int], ranks_fd: int) -> None:
         for place in self._places:
             flags = ["--parent-pid", str(os.getpid()), "--rank", str(place.rank), "--ranks-fd", str(ranks_fd)]
-            flags += ["--engine-fd", str(engine_fd), "--worker-args", self._args.to_json()]
-            descriptors = [ranks_fd, engine_fd] if place.rank == 0 else [ranks_fd]
+            flags += ["--engine-fds", ",".join(map(str, engine_fds)), "--worker-args", self._args.to_json()]
+            descriptors = [ranks_fd, engine_fds[place.dp_rank]] if place.is_driver else [ranks_fd]
             command = [sys.executable, "-m", "warmroute_worker.engine_process", *flags]
             self._alive[subprocess.Popen(command, pass_fds=descriptors).pid] = place
 
@@ -112,13 +118,14 @@ class _Ranks:
                 time.sleep(0.01)
         return code
 
-    def _be_child(self, place: Place, parent: int, engine_fd: int) -> NoReturn:
+    def _be_child(self, place: Place, parent: int, engine_fds: list[int]) -> NoReturn:
         code = 1
         try:
             die_with_parent(parent)
-            if place.rank:
-                os.close(engine_fd)
-            code = _be_rank(place.rank, self._args, self._region, engine_fd)
+            for dp_rank, fd in enumerate(engine_fds):
+                if not (place.is_driver and place.dp_rank == dp_rank):
+                    os.close(fd)
+            code = _be_rank(place, self._args, self._region, engine_fds)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -126,11 +133,16 @@ class _Ranks:
             os._exit(code)
 
 
-def _be_rank(rank: int, args: WorkerArgs, region: Region, engine_fd: int) -> int:
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _be_rank(place: Place, args: WorkerArgs, region: Region, engine_fds: list[int]) -> int:
     # Only now: this imports torch, which takes seconds in which the supervisor may die.
     from warmroute_worker import rank_process
 
-    return rank_process.run(rank, args, region, socket.socket(fileno=engine_fd) if rank == 0 else None)
+    sock = socket.socket(fileno=engine_fds[place.dp_rank]) if place.is_driver else None
+    return rank_process.run(place, args, region, sock)
 
 
 if __name__ == "__main__":

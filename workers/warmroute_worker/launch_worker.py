@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from warmroute_worker import supervisor
-from warmroute_worker.args import parse
+from warmroute_worker.command_line import parse
 
 
 def main() -> int:

@@ -101,6 +101,14 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """Of data-parallel ranks that go in step: one has work and waits for the others in that round. From a driver to the
+    HTTP process, and from there to all other drivers. Not answered."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Leave now: running requests are not answered any more."""
 
@@ -211,7 +219,19 @@ class Reply:
 
 
 Message = (
-    Generate | Abort | Flush | Pause | Continue | Profile | Shutdown | Ready | Failed | StepOutput | KvEvents | Reply
+    Generate
+    | Abort
+    | Flush
+    | Pause
+    | Continue
+    | Profile
+    | Wake
+    | Shutdown
+    | Ready
+    | Failed
+    | StepOutput
+    | KvEvents
+    | Reply
 )
 
 _CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in Message.__args__}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from warmroute_worker.messages import Load
     from warmroute_worker.rank_statuses import RankStatuses
+    from warmroute_worker.topology import Layout, Place
 
 _FIRST_TOKEN_BUCKETS = (
     0.001,
@@ -46,6 +47,9 @@ _TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.02, 0.03, 0
 _REQUEST_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1, 2, 5, 10, 20, 40, 60, 100, 200, 400)
 
 
+_COORDINATES = ("tp_rank", "pp_rank", "dp_rank", "moe_ep_rank")
+
+
 class Throughput:
     """Generated tokens per second over the last whole window; 0 when the engine is idle. Pure."""
 
@@ -69,99 +73,130 @@ class Throughput:
         return self._rate if now - self._since <= 2 * self.WINDOW_SECONDS else 0.0
 
 
-class Metrics:
-    """One registry per worker: nothing global, so that tests can hold several."""
+class RankMetrics:
+    """What the HTTP process counts of one data-parallel rank."""
 
-    def __init__(self, model_name: str) -> None:
-        self._registry = CollectorRegistry()
-        self._labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
+    def __init__(self, metrics: Metrics, labels: dict[str, str]) -> None:
+        self._metrics, self.labels = metrics, labels
         self.throughput = Throughput()
-        self.requests = self._counter("sglang:num_requests", "Requests that ended")
-        self.aborted = self._counter("sglang:num_aborted_requests", "Requests whose client left or that were aborted")
-        self.time_to_first_token = self._histogram(
-            "sglang:time_to_first_token_seconds", "Arrival to first token", _FIRST_TOKEN_BUCKETS
-        )
-        self.inter_token_latency = self._histogram(
-            "sglang:inter_token_latency_seconds", "Between two tokens of an answer", _TOKEN_BUCKETS
-        )
-        self.request_latency = self._histogram(
-            "sglang:e2e_request_latency_seconds", "Arrival to last token", _REQUEST_BUCKETS
-        )
+        self.requests = metrics.requests.labels(**labels)
+        self.aborted = metrics.aborted.labels(**labels)
+        self.time_to_first_token = metrics.time_to_first_token.labels(**labels)
+        self.inter_token_latency = metrics.inter_token_latency.labels(**labels)
+        self.request_latency = metrics.request_latency.labels(**labels)
 
     def started(self, startup_seconds: float, load_seconds: float) -> None:
         """Once, when the engine is ready."""
-        for name, text, value in (
-            ("sglang:engine_startup_time", "Seconds from the start of the process until it was ready", startup_seconds),
-            ("sglang:engine_load_weights_time", "Seconds that loading the weights took", load_seconds),
-        ):
-            Gauge(name, text, list(self._labels), registry=self._registry).labels(**self._labels).set(value)
+        self._metrics.startup.labels(**self.labels).set(startup_seconds)
+        self._metrics.load_weights.labels(**self.labels).set(load_seconds)
 
-    def follow(self, load: Callable[[], tuple[Load, int] | None], clock: Callable[[], float]) -> None:
-        """Where to read the driver's last `Load` and the size of the batch, None before the engine is ready."""
-        self._registry.register(_LoadCollector(load, self.throughput, clock, self._labels))
+
+class Metrics:
+    """One registry per worker: nothing global, so that tests can hold several."""
+
+    def __init__(self, model_name: str, layout: Layout) -> None:
+        self._registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine_type": "unified"}
+        self._layout = layout
+        names = [*self._labels, *_COORDINATES]
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, names, registry=self._registry, buckets=buckets)
+
+        self.requests = Counter("sglang:num_requests", "Requests that ended", names, registry=self._registry)
+        text = "Requests whose client left or that were aborted"
+        self.aborted = Counter("sglang:num_aborted_requests", text, names, registry=self._registry)
+        self.time_to_first_token = histogram(
+            "sglang:time_to_first_token_seconds", "Arrival to first token", _FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token_latency = histogram(
+            "sglang:inter_token_latency_seconds", "Between two tokens of an answer", _TOKEN_BUCKETS
+        )
+        self.request_latency = histogram(
+            "sglang:e2e_request_latency_seconds", "Arrival to last token", _REQUEST_BUCKETS
+        )
+        text = "Seconds from the start of the process until it was ready"
+        self.startup = Gauge("sglang:engine_startup_time", text, names, registry=self._registry)
+        text = "Seconds that loading the weights took"
+        self.load_weights = Gauge("sglang:engine_load_weights_time", text, names, registry=self._registry)
+        self._of_ranks = [RankMetrics(self, self.labels_of(layout.place(driver))) for driver in layout.drivers()]
+
+    def labels_of(self, place: Place) -> dict[str, str]:
+        coordinates = (place.tp_rank, place.pp_rank, place.dp_rank, place.ep_rank)
+        return self._labels | dict(zip(_COORDINATES, map(str, coordinates), strict=True))
+
+    def of_rank(self, dp_rank: int) -> RankMetrics:
+        return self._of_ranks[dp_rank]
+
+    def follow(self, load: Callable[[], list[tuple[Load, int] | None]], clock: Callable[[], float]) -> None:
+        """Where to read, by data-parallel rank, the driver's last `Load` and the size of the batch, None before it is
+        ready."""
+        self._registry.register(_LoadCollector(load, self._of_ranks, clock))
 
     def follow_ranks(self, ranks: RankStatuses) -> None:
         """Where to read what each rank says of itself."""
-        self._registry.register(_RankCollector(ranks, self._labels))
+        labels = [self.labels_of(place) for place in self._layout.places()]
+        self._registry.register(_RankCollector(ranks, labels))
 
     def exposition(self) -> bytes:
         """Prometheus text."""
         return generate_latest(self._registry)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, list(self._labels), registry=self._registry).labels(**self._labels)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(name, text, list(self._labels), registry=self._registry, buckets=buckets)
-        return histogram.labels(**self._labels)
-
 
 class _LoadCollector:
     def __init__(
         self,
-        load: Callable[[], tuple[Load, int] | None],
-        throughput: Throughput,
+        loads: Callable[[], list[tuple[Load, int] | None]],
+        ranks: list[RankMetrics],
         clock: Callable[[], float],
-        labels: dict[str, str],
     ) -> None:
-        self._load = load
-        self._throughput = throughput
-        self._clock = clock
-        self._labels = labels
+        self._loads, self._ranks, self._clock = loads, ranks, clock
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: otherwise registering would collect, before there is a load."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        current = self._load()
-        if current is None:
+        known = [(rank, *load) for rank, load in zip(self._ranks, self._loads(), strict=True) if load is not None]
+        if not known:
             return
-        load, max_running_requests = current
-        for name, text, value in (
-            ("sglang:num_running_reqs", "Requests in the batch", load.running),
-            ("sglang:num_queue_reqs", "Requests that wait", load.waiting),
-            ("sglang:num_used_tokens", "KV pool tokens in use by requests", load.used_tokens),
-            ("sglang:max_total_num_tokens", "KV pool tokens", load.total_tokens),
-            ("sglang:token_usage", "Share of the KV pool in use", load.used_tokens / max(load.total_tokens, 1)),
-            ("sglang:cache_hit_rate", "Cached share of all prompt tokens", cache_hit_rate(load)),
-            ("sglang:gen_throughput", "Generated tokens/s", self._throughput.tokens_per_second(self._clock())),
-            ("sglang:new_token_ratio", "Share of future tokens that is kept free", load.new_token_ratio),
-            ("sglang:utilization", "Share of the batch in use", load.running / max_running_requests),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=list(self._labels))
-            gauge.add_metric(list(self._labels.values()), value)
+        names = list(known[0][0].labels)
+        now = self._clock()
+        for name, text, value in _GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=names)
+            for rank, load, most in known:
+                gauge.add_metric(list(rank.labels.values()), value(load, rank, most, now))
             yield gauge
-        for name, text, value in (
-            ("sglang:prompt_tokens", "Prompt tokens admitted", load.prompt_tokens_total),
-            ("sglang:cached_tokens", "Prompt tokens found in the prefix cache", load.cached_tokens_total),
-            ("sglang:generation_tokens", "Tokens generated", load.generation_tokens_total),
-            ("sglang:num_retracted_requests", "Requests that had to give up their pages", load.retractions_total),
-            ("sglang:evicted_tokens", "Tokens evicted from the prefix cache", load.evicted_tokens_total),
-        ):
-            counter = CounterMetricFamily(name, text, labels=list(self._labels))
-            counter.add_metric(list(self._labels.values()), value)
+        for name, text, field in _COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=names)
+            for rank, load, _ in known:
+                counter.add_metric(list(rank.labels.values()), getattr(load, field))
             yield counter
+
+
+_GAUGES: tuple[tuple[str, str, Callable[[Load, RankMetrics, int, float], float]], ...] = (
+    ("sglang:num_running_reqs", "Requests in the batch", lambda load, *_: load.running),
+    ("sglang:num_queue_reqs", "Requests that wait", lambda load, *_: load.waiting),
+    ("sglang:num_used_tokens", "KV pool tokens in use by requests", lambda load, *_: load.used_tokens),
+    ("sglang:max_total_num_tokens", "KV pool tokens", lambda load, *_: load.total_tokens),
+    (
+        "sglang:token_usage",
+        "Share of the KV pool in use",
+        lambda load, *_: load.used_tokens / max(load.total_tokens, 1),
+    ),
+    ("sglang:cache_hit_rate", "Cached share of all prompt tokens", lambda load, *_: cache_hit_rate(load)),
+    ("sglang:gen_throughput", "Generated tokens/s", lambda _, rank, __, now: rank.throughput.tokens_per_second(now)),
+    ("sglang:new_token_ratio", "Share of future tokens that is kept free", lambda load, *_: load.new_token_ratio),
+    ("sglang:utilization", "Share of the batch in use", lambda load, _, most, __: load.running / most),
+)
+
+_COUNTERS = (
+    ("sglang:prompt_tokens", "Prompt tokens admitted", "prompt_tokens_total"),
+    ("sglang:cached_tokens", "Prompt tokens found in the prefix cache", "cached_tokens_total"),
+    ("sglang:generation_tokens", "Tokens generated", "generation_tokens_total"),
+    ("sglang:num_retracted_requests", "Requests that had to give up their pages", "retractions_total"),
+    ("sglang:evicted_tokens", "Tokens evicted from the prefix cache", "evicted_tokens_total"),
+)
 
 
 class _RankCollector:
@@ -173,9 +208,15 @@ class _RankCollector:
         ("busy_ns", "busy_seconds", 1e-9, "Seconds computing"),
         ("comm_ns", "comm_seconds", 1e-9, "Seconds in collectives, waiting for others included"),
         ("slot_bytes", "comm_written_bytes", 1, "Bytes written for others to read"),
+        ("idle_steps", "idle_steps", 1, "Steps in which the rank only kept in step with others"),
+        ("stored_bytes", "kv_stored_bytes", 1, "Bytes of keys and values stored"),
+        ("sent_rows", "moe_sent_rows", 1, "Rows sent to experts, those of the same rank included"),
+        ("expert_rows", "moe_rows", 1, "Rows computed by the rank's experts"),
+        ("overlap_ns", "tbo_overlap_seconds", 1e-9, "Seconds in which rows were on their way and others computed"),
+        ("moved_experts", "eplb_moved_experts", 1, "Experts whose weights the rank took over"),
     )
 
-    def __init__(self, ranks: RankStatuses, labels: dict[str, str]) -> None:
+    def __init__(self, ranks: RankStatuses, labels: list[dict[str, str]]) -> None:
         self._ranks, self._labels = ranks, labels
 
     def describe(self) -> Iterable[Metric]:
@@ -183,11 +224,8 @@ class _RankCollector:
 
     def collect(self) -> Iterable[Metric]:
         ranks = self._ranks.read()
-        names = list(self._labels)
-        values = [
-            [*({**self._labels, "tp_rank": str(rank["tp_rank"]), "pp_rank": str(rank["pp_rank"])}).values()]
-            for rank in ranks
-        ]
+        names = list(self._labels[0])
+        values = [list(labels.values()) for labels in self._labels]
         for key, text in self._GAUGES:
             gauge = GaugeMetricFamily(f"warmroute_worker_{key}", text, labels=names)
             for rank, own in zip(ranks, values, strict=True):
@@ -200,7 +238,7 @@ class _RankCollector:
             yield counter
         if (bubble := bubble_ratio(ranks)) is not None:
             gauge = GaugeMetricFamily("warmroute_worker_pp_bubble_ratio", "Idle share of pipeline stages", labels=names)
-            gauge.add_metric(list(self._labels.values()), bubble)
+            gauge.add_metric(values[0], bubble)
             yield gauge
         moved = CounterMetricFamily("warmroute_worker_comm_bytes", "Bytes given to collectives", labels=[*names, "op"])
         for rank, own in zip(ranks, values, strict=True):

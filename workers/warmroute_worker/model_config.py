@@ -195,17 +195,30 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def check_layout(config: ModelConfig, layout: Layout) -> None:
     """Raise ModelError if the model cannot be divided among so many ranks."""
-    tp_size, pp_size = layout.tp_size, layout.pp_size
-    if config.num_heads % tp_size:
-        choices = ", ".join(str(n) for n in range(1, config.num_heads + 1) if config.num_heads % n == 0)
+    heads, size = config.num_heads, layout.attention_tp_size
+    if heads % size:
+        choices = [n for n in range(1, heads + 1) if heads % n == 0]
+        of_ranks = f"--tp {layout.tp_size}" + (f" / --dp-size {layout.dp_size}" if layout.dp_attention else "")
         raise ModelError(
-            f"--tp {tp_size} does not divide the model's {config.num_heads} attention heads; it can be {choices}"
+            f"{of_ranks} does not divide the model's {heads} attention heads; it can be {', '.join(map(str, choices))}"
         )
-    smallest = min(config.intermediate_size, config.moe.intermediate_size if config.moe else config.vocab_size)
-    if tp_size > min(smallest, config.vocab_size):
-        raise ModelError(f"--tp {tp_size} is more than the {smallest} inner numbers that the ranks have to share")
-    if pp_size > config.num_layers:
-        raise ModelError(f"--pp-size {pp_size} is more than the model's {config.num_layers} layers")
+    moe, ep = config.moe, layout.ep_size
+    if ep > 1:
+        if moe is None:
+            raise ModelError(f"--ep-size {ep}: the model has no routed experts")
+        if ep > moe.num_experts:
+            raise ModelError(f"--ep-size {ep} is more than the model's {moe.num_experts} experts")
+    smallest = min(config.intermediate_size, config.vocab_size)
+    if layout.tp_size > smallest:
+        raise ModelError(
+            f"--tp {layout.tp_size} is more than the {smallest} inner numbers that the ranks have to share"
+        )
+    if moe is not None and layout.expert_tp_size > moe.intermediate_size:
+        raise ModelError(
+            f"--tp {layout.tp_size} / --ep-size {ep} is more than an expert's {moe.intermediate_size} inner numbers"
+        )
+    if layout.pp_size > config.num_layers:
+        raise ModelError(f"--pp-size {layout.pp_size} is more than the model's {config.num_layers} layers")
 
 
 def _parse(raw: dict[str, Any], architectures: tuple[str, ...], eos_token_ids: tuple[int, ...]) -> ModelConfig:

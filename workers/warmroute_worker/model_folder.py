@@ -6,18 +6,21 @@ import os
 import re
 from pathlib import Path
 
-DEMO = "demo"
+DEMOS = {"demo": "demo_model", "demo-moe": "demo_moe_model"}
+"""Embedded models. `demo` was trained for some minutes; `demo-moe` has experts, and draws its weights."""
+
+WITHOUT_WEIGHTS = ("demo-moe",)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve(model_path: str) -> Path:
-    """The folder with config.json for `model_path`: `demo`, a folder, or a hub id whose snapshot is on disk.
+    """The folder with config.json for `model_path`: one of `DEMOS`, a folder, or a hub id whose snapshot is on disk.
 
     Raises LookupError with one line that says what to pass instead. Nothing is ever downloaded.
     """
-    if model_path == DEMO:
-        return _checked(Path(__file__).parent / "demo_model", "the embedded demo model")
+    if model_path in DEMOS:
+        return _checked(Path(__file__).parent / DEMOS[model_path], f"the embedded model {model_path}")
     folder = Path(model_path).expanduser()
     if folder.exists():
         return _checked(folder, f"--model-path {model_path}")

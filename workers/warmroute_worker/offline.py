@@ -72,4 +72,4 @@ def _be_rank(rank: int, args_json: str, fd: Any, prepare: Callable[[], None] | N
         prepare()
     args = WorkerArgs.from_json(args_json)
     region = Region(fd.detach(), args.layout.world_size, args.layout.groups())
-    raise SystemExit(rank_process.run(rank, args, region, None))
+    raise SystemExit(rank_process.run(args.layout.place(rank), args, region, None))

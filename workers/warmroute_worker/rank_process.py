@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from warmroute_worker._native import Region
     from warmroute_worker.args import WorkerArgs
+    from warmroute_worker.topology import Place
 
 log = logging.getLogger("warmroute_worker.rank")
 
@@ -32,18 +33,18 @@ PEER_GRACE_SECONDS = 5.0
 they see only who did not come."""
 
 
-def run(rank: int, args: WorkerArgs, region: Region, sock: socket.socket | None) -> int:
-    """Until there is nothing more to do. `sock`: the driver's, to the HTTP process. Returns the exit status."""
+def run(place: Place, args: WorkerArgs, region: Region, sock: socket.socket | None) -> int:
+    """Until there is nothing more to do. `sock`: a driver's, to the HTTP process. Returns the exit status."""
     timeout = args.watchdog_timeout + PEER_GRACE_SECONDS
-    region.set(rank, "pid", os.getpid())
-    links = RankLinks(args.layout.place(rank), region, timeout, usable_cores(), torch_backend(args))
+    region.set(place.rank, "pid", os.getpid())
+    links = RankLinks(place, region, timeout, usable_cores(), torch_backend(args))
     if args.enable_p2p_check:
         try:
             reach = links.measure_reach()
         except CollectiveError as error:
             reach = str(error)
             links.abort(reach)
-        if rank == 0:
+        if place.rank == 0:
             log.warning("%s", reach)
     return _follow(args, links) if sock is None else driver.main(sock, args, links)
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from warmroute_worker._native import Region
     from warmroute_worker.topology import Layout
 
-OPERATIONS = ("all_reduce", "gather", "broadcast", "barrier")
+OPERATIONS = ("all_reduce", "gather", "broadcast", "barrier", "reduce_scatter", "all_to_all")
 
 
 class RankStatuses:
@@ -25,7 +25,12 @@ class RankStatuses:
             collectives = {
                 op: {"calls": status.pop(f"{op}_calls"), "bytes": status.pop(f"{op}_bytes")} for op in OPERATIONS
             }
-            ranks.append(
-                {"rank": rank, "tp_rank": place.tp_rank, "pp_rank": place.pp_rank, **status, "collectives": collectives}
-            )
+            coordinates = {
+                "rank": rank,
+                "tp_rank": place.tp_rank,
+                "pp_rank": place.pp_rank,
+                "dp_rank": place.dp_rank,
+                "ep_rank": place.ep_rank,
+            }
+            ranks.append({**coordinates, **status, "collectives": collectives})
         return ranks

@@ -5,8 +5,8 @@ A plan is columns of numbers and nothing else, so that it can be sent to executo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,24 @@ Int64s = npt.NDArray[np.int64]
 
 PADDING_PAGE = 0
 """Page 0 of the pool belongs to nobody and stays zero: page lists are padded with it."""
+
+
+IDLE, DECODE, PREFILL = range(3)
+"""What a rank does in a step."""
+
+RECORD_NUMBERS = 8
+
+
+class Record(NamedTuple):
+    """What data-parallel ranks tell each other before each step. Sent as `RECORD_NUMBERS` int64, the rest is spare."""
+
+    tokens: int
+    sampled: int
+    """Sequences that get a token."""
+    mode: int
+
+    def encode(self) -> bytes:
+        return np.array([*self, *[0] * (RECORD_NUMBERS - len(self))], np.int64).tobytes()
 
 
 @dataclass(frozen=True)
@@ -73,9 +91,30 @@ class StepPlan:
     sampling: SamplingColumns
     page_updates: Int32s
     """[n, 3]: row, index, page; to be written into the page table in this order, before the step."""
+    everybody: Int64s = field(default_factory=lambda: np.empty((0, RECORD_NUMBERS), np.int64))
+    """[data-parallel ranks, 8]: what each of them does in this step (`Record`), if they go in step."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def record(self) -> Record:
+        """What other data-parallel ranks must know of this step."""
+        tokens = len(self.token_ids)
+        mode = PREFILL if (self.lengths > 1).any() else DECODE if tokens else IDLE
+        return Record(tokens, int(self.sampled.sum()), mode)
+
+    @property
+    def records(self) -> list[Record]:
+        """Of all data-parallel ranks that go in step; else of this one."""
+        if not len(self.everybody):
+            return [self.record]
+        return [Record(*row[: len(Record._fields)]) for row in self.everybody.tolist()]
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody has anything to compute."""
+        return not any(record.tokens for record in self.records)
 
     def encode(self) -> bytes:
         """How the driver sends a plan to the other ranks; `decode` is the other end."""
@@ -100,6 +139,7 @@ class StepPlan:
         }
         sampling = SamplingColumns(**{name: columns.pop(name) for name in _SAMPLING}, **changes)
         columns["page_updates"] = columns["page_updates"].reshape(-1, 3)
+        columns["everybody"] = columns["everybody"].reshape(-1, RECORD_NUMBERS)
         return cls(**columns, sampling=sampling)
 
     def _columns(self) -> dict[str, npt.NDArray[Any]]:
@@ -118,6 +158,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "scaled_ids": np.int64,
     "added_rows": np.int64,
     "added_ids": np.int64,
+    "everybody": np.int64,
     "rows": np.int32,
     "starts": np.int32,
     "lengths": np.int32,

@@ -79,6 +79,9 @@ class _Supervisor:
         self._processes = self._start(listener)
 
     def run(self) -> int:
+        if self._args.log_level in ("debug", "info"):
+            for line in self._args.remarks():
+                self._say(line)
         while (code := self._lifecycle.exit_code) is None:
             deadline = self._lifecycle.deadline
             timeout = self._watchdog.interval
@@ -95,39 +98,40 @@ class _Supervisor:
         return code
 
     def _start(self, listener: socket.socket) -> dict[Part, subprocess.Popen[bytes]]:
-        http_end, driver_end = socket.socketpair()
+        pairs = [socket.socketpair() for _ in range(self._args.dp_size)]
+        http_ends, driver_ends = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         status_read, status_write = os.pipe()
         os.set_blocking(status_read, False)
         self._status_fd = status_read
         self._selector.register(status_read, selectors.EVENT_READ, self._read_status)
         # The driver first: it takes seconds to import torch. Each end of the pair must have one owner only, or its
         # death would not be seen at the other; so descriptors are passed by number and closed here.
-        ranks = {"--ranks-fd": self._ranks_fd}
-        driver = self._spawn(DRIVER_MODULE, {"--engine-fd": driver_end.fileno(), **ranks})
+        ranks = {"--ranks-fd": [self._ranks_fd]}
+        driver = self._spawn(DRIVER_MODULE, {"--engine-fds": [end.fileno() for end in driver_ends], **ranks})
         http = self._spawn(
             HTTP_MODULE,
             {
-                "--engine-fd": http_end.fileno(),
-                "--listener-fd": listener.fileno(),
-                "--status-fd": status_write,
+                "--engine-fds": [end.fileno() for end in http_ends],
+                "--listener-fd": [listener.fileno()],
+                "--status-fd": [status_write],
                 **ranks,
             },
         )
-        for end in (http_end, driver_end, listener):
+        for end in (*http_ends, *driver_ends, listener):
             end.close()
         os.close(status_write)
         os.close(self._ranks_fd)
         return {Part.DRIVER: driver, Part.HTTP: http}
 
-    def _spawn(self, module: str, descriptors: dict[str, int]) -> subprocess.Popen[bytes]:
+    def _spawn(self, module: str, descriptors: dict[str, list[int]]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", module, "--parent-pid", str(os.getpid())]
-        for flag, descriptor in descriptors.items():
-            command += [flag, str(descriptor)]
+        for flag, numbers in descriptors.items():
+            command += [flag, ",".join(map(str, numbers))]
         command += ["--worker-args", self._args.to_json()]
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            pass_fds=list(descriptors.values()),
+            pass_fds=[number for numbers in descriptors.values() for number in numbers],
             env={**_ENVIRONMENT, **os.environ},
         )
 

@@ -148,6 +148,46 @@ impl PyGroup {
         .map_err(raised)
     }
 
+    fn reduce_scatter(
+        &mut self,
+        py: Python<'_>,
+        address: usize,
+        num_bytes: usize,
+        wanted: (usize, usize),
+        dtype: &str,
+    ) -> PyResult<()> {
+        let dtype = Dtype::of_name(dtype).map_err(raised)?;
+        let group = &mut self.0;
+        // SAFETY: as above.
+        py.detach(|| group.reduce_scatter(unsafe { numbers_mut(address, num_bytes) }, wanted.0..wanted.1, dtype))
+            .map_err(raised)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a vector comes as address and size")]
+    fn exchange(
+        &mut self,
+        py: Python<'_>,
+        kind: &str,
+        address: usize,
+        sizes: Vec<usize>,
+        place: usize,
+        wanted: Vec<(usize, usize)>,
+        out: usize,
+    ) -> PyResult<()> {
+        let kind = Op::ALL.into_iter().find(|op| op.name() == kind);
+        let kind = kind.ok_or_else(|| PyValueError::new_err("no such operation"))?;
+        let own = *sizes.get(place).ok_or_else(|| PyValueError::new_err("no size for this place"))?;
+        let total = wanted.iter().map(|(from, to)| to.saturating_sub(*from)).sum();
+        let wanted: Vec<_> = wanted.into_iter().map(|(from, to)| from..to).collect();
+        let group = &mut self.0;
+        py.detach(|| {
+            // SAFETY: as above, and the two do not overlap.
+            let (part, out) = unsafe { (numbers_mut(address, own), numbers_mut(out, total)) };
+            group.exchange(kind, part, &sizes, &wanted, out)
+        })
+        .map_err(raised)
+    }
+
     fn broadcast(&mut self, py: Python<'_>, address: usize, num_bytes: usize, root: usize) -> PyResult<()> {
         let group = &mut self.0;
         // SAFETY: as above.

@@ -6,6 +6,7 @@
 //! What does not fit a slot is done in several operations.
 #![allow(unsafe_code, reason = "memory that other processes map too")]
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -109,6 +110,38 @@ impl Group {
         Ok(())
     }
 
+    /// Of the sum of everybody's `data`, taken in the order of the members, the bytes in `wanted` stand in `data` afterwards; the others are as
+    /// they were. Members may want different bytes, or the same ones.
+    ///
+    /// # Errors
+    /// See [`CommError`]; `data` is then undefined.
+    pub fn reduce_scatter(&mut self, data: &mut [u8], wanted: Range<usize>, dtype: Dtype) -> Result<(), CommError> {
+        let size = dtype.size();
+        if dtype == Dtype::Bytes || [data.len(), wanted.start, wanted.end].iter().any(|at| !at.is_multiple_of(size)) {
+            return Err(CommError::Invalid(format!("no sum over {} bytes of {}", data.len(), dtype.name())));
+        }
+        if wanted.start > wanted.end || wanted.end > data.len() {
+            return Err(CommError::Invalid(format!("bytes {wanted:?} of {}", data.len())));
+        }
+        let (total, room, begin) = (data.len(), self.plan.slot_bytes, Instant::now());
+        for from in (0..total).step_by(room) {
+            let op = self.begin(tag(Op::ReduceScatter, dtype, None, total))?;
+            let to = (from + room).min(total);
+            self.write(op, &data[from..to]);
+            self.arrive(op);
+            let own = wanted.start.clamp(from, to)..wanted.end.clamp(from, to);
+            if own.is_empty() {
+                continue;
+            }
+            for member in 0..self.size() {
+                self.wait_for(member, op)?;
+            }
+            self.sum_slots(op, &mut data[own.clone()], own.start - from, dtype);
+        }
+        self.count(Op::ReduceScatter, total, begin);
+        Ok(())
+    }
+
     /// The parts of all, one after the other, in `out` at `root`, or at everybody without one. `sizes`: bytes of each part.
     ///
     /// # Errors
@@ -120,43 +153,68 @@ impl Group {
         root: Option<usize>,
         out: Option<&mut [u8]>,
     ) -> Result<(), CommError> {
-        let total: usize = sizes.iter().sum();
-        let wanted = root.is_none_or(|root| root == self.me);
-        if sizes.len() != self.size() || part.len() != sizes[self.me] || wanted != out.is_some() {
+        let here = root.is_none_or(|root| root == self.me);
+        if here != out.is_some() {
+            return Err(CommError::Invalid("gather: there is a place for the parts where they are wanted".to_owned()));
+        }
+        let wanted: Vec<_> = sizes.iter().map(|&size| if here { 0..size } else { 0..0 }).collect();
+        self.exchange(Op::Gather, part, sizes, &wanted, out.unwrap_or_default())
+    }
+
+    /// Everybody shows a part; `out` becomes the bytes in `wanted` of each member's, one after the other.
+    ///
+    /// `sizes`: bytes of each part, the same on all. `op`: what it is counted as.
+    ///
+    /// # Errors
+    /// See [`CommError`].
+    pub fn exchange(
+        &mut self,
+        kind: Op,
+        part: &[u8],
+        sizes: &[usize],
+        wanted: &[Range<usize>],
+        out: &mut [u8],
+    ) -> Result<(), CommError> {
+        if sizes.len() != self.size() || wanted.len() != self.size() || part.len() != sizes[self.me] {
             return Err(CommError::Invalid(format!(
-                "gather: {} bytes are not part {} of {sizes:?}",
+                "{}: {} bytes are not part {} of {sizes:?}",
+                kind.name(),
                 part.len(),
                 self.me
             )));
         }
-        if out.as_ref().is_some_and(|out| out.len() != total) {
-            return Err(CommError::Invalid(format!("gather: {total} bytes do not fit what is there for them")));
+        let bad = |(range, &size): (&Range<usize>, &usize)| range.start > range.end || range.end > size;
+        if wanted.iter().zip(sizes).any(bad) || out.len() != wanted.iter().map(ExactSizeIterator::len).sum::<usize>() {
+            return Err(CommError::Invalid(format!(
+                "{}: {wanted:?} of {sizes:?} do not make {} bytes",
+                kind.name(),
+                out.len()
+            )));
         }
-        let begin = Instant::now();
+        let (total, begin) = (sizes.iter().sum(), Instant::now());
         let room = self.plan.slot_bytes;
-        let mut out = out;
         let longest = sizes.iter().copied().max().unwrap_or(0);
         for from in (0..longest).step_by(room) {
-            let op = self.begin(tag(Op::Gather, Dtype::Bytes, root, total))?;
+            let op = self.begin(tag(kind, Dtype::Bytes, None, total))?;
             let own = &part[from.min(part.len())..(from + room).min(part.len())];
             self.write(op, own);
             self.arrive(op);
-            if let Some(out) = out.as_deref_mut() {
-                let mut offset = 0;
-                for (member, &size) in sizes.iter().enumerate() {
-                    let (low, high) = (from.min(size), (from + room).min(size));
-                    let target = &mut out[offset + low..offset + high];
+            let mut offset = 0;
+            for (member, range) in wanted.iter().enumerate() {
+                let (low, high) = (range.start.max(from), range.end.min(from + room));
+                if low < high {
+                    let target = &mut out[offset + low - range.start..offset + high - range.start];
                     if member == self.me {
-                        target.copy_from_slice(own);
+                        target.copy_from_slice(&part[low..high]);
                     } else {
                         self.wait_for(member, op)?;
-                        target.copy_from_slice(self.slot(member, op, high - low));
+                        target.copy_from_slice(&self.slot(member, op, high - from)[low - from..]);
                     }
-                    offset += size;
                 }
+                offset += range.len();
             }
         }
-        self.count(Op::Gather, part.len(), begin);
+        self.count(kind, part.len(), begin);
         Ok(())
     }
 

@@ -14,11 +14,16 @@ pub enum Op {
     Broadcast,
     /// Nothing but waiting for each other.
     Barrier,
+    /// Everybody gets the sum of all, of the part that it wants.
+    ReduceScatter,
+    /// Everybody gets what others have for it.
+    AllToAll,
 }
 
 impl Op {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::AllReduce, Self::Gather, Self::Broadcast, Self::Barrier];
+    pub const ALL: [Self; 6] =
+        [Self::AllReduce, Self::Gather, Self::Broadcast, Self::Barrier, Self::ReduceScatter, Self::AllToAll];
 
     /// As metrics spell it.
     #[must_use]
@@ -28,6 +33,8 @@ impl Op {
             Self::Gather => "gather",
             Self::Broadcast => "broadcast",
             Self::Barrier => "barrier",
+            Self::ReduceScatter => "reduce_scatter",
+            Self::AllToAll => "all_to_all",
         }
     }
 }
@@ -54,11 +61,27 @@ pub enum Counter {
     SlotBytes,
     /// Of the driver: nanoseconds with a plan under way.
     ActiveNs,
+    /// Steps in which it had tokens of prompts, in which it had only sequences that decode, and in which it had nothing and kept in step.
+    PrefillSteps,
+    /// See there.
+    DecodeSteps,
+    /// See there.
+    IdleSteps,
+    /// Bytes of keys and values that it stored.
+    StoredBytes,
+    /// Rows that it sent to experts of others, and that its own experts computed.
+    SentRows,
+    /// See there.
+    ExpertRows,
+    /// Nanoseconds in which a collective went on while something else was computed.
+    OverlapNs,
+    /// Experts whose weights it took over.
+    MovedExperts,
 }
 
 impl Counter {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 17] = [
         Self::Pid,
         Self::Heartbeat,
         Self::Steps,
@@ -68,6 +91,14 @@ impl Counter {
         Self::PoolBytes,
         Self::SlotBytes,
         Self::ActiveNs,
+        Self::PrefillSteps,
+        Self::DecodeSteps,
+        Self::IdleSteps,
+        Self::StoredBytes,
+        Self::SentRows,
+        Self::ExpertRows,
+        Self::OverlapNs,
+        Self::MovedExperts,
     ];
 
     /// As metrics spell it.
@@ -83,12 +114,20 @@ impl Counter {
             Self::PoolBytes => "pool_bytes",
             Self::SlotBytes => "slot_bytes",
             Self::ActiveNs => "active_ns",
+            Self::PrefillSteps => "prefill_steps",
+            Self::DecodeSteps => "decode_steps",
+            Self::IdleSteps => "idle_steps",
+            Self::StoredBytes => "stored_bytes",
+            Self::SentRows => "sent_rows",
+            Self::ExpertRows => "expert_rows",
+            Self::OverlapNs => "overlap_ns",
+            Self::MovedExperts => "moved_experts",
         }
     }
 }
 
 const FIRST_OP: usize = Counter::ALL.len();
-pub(crate) const STATUS_WORDS: usize = 32;
+pub(crate) const STATUS_WORDS: usize = 64;
 const _: () = assert!(FIRST_OP + 2 * Op::ALL.len() <= STATUS_WORDS);
 
 /// One rank's block.

@@ -47,6 +47,10 @@ enum Step {
     Broadcast(usize, usize),
     Message(usize, usize),
     Barrier,
+    /// Numbers, and the share of them that each rank wants, in hundredths.
+    ReduceScatter(usize, Vec<(usize, usize)>),
+    /// Bytes for each rank from each rank.
+    AllToAll(Vec<Vec<usize>>),
 }
 
 fn step(ranks: usize) -> impl Strategy<Value = Step> {
@@ -57,6 +61,9 @@ fn step(ranks: usize) -> impl Strategy<Value = Step> {
         (0..900_usize, 0..ranks).prop_map(|(size, root)| Step::Broadcast(size, root)),
         (0..900_usize, 0..ranks).prop_map(|(size, root)| Step::Message(size, root)),
         Just(Step::Barrier),
+        (0..400_usize, proptest::collection::vec((0..101_usize, 0..101_usize), ranks))
+            .prop_map(|(count, wanted)| Step::ReduceScatter(count, wanted)),
+        proptest::collection::vec(proptest::collection::vec(0..300_usize, ranks), ranks).prop_map(Step::AllToAll),
     ]
 }
 
@@ -94,6 +101,37 @@ fn perform(rank: usize, group: &mut Group, steps: &[Step], delays: u64) {
                 assert_eq!(got, byte(*root, *size), "step {n}");
             }
             Step::Barrier => group.barrier().unwrap(),
+            Step::ReduceScatter(count, wanted) => {
+                let own = bytes(&numbers(rank, n, *count));
+                let (low, high) = wanted[rank];
+                let (low, high) = (count * low.min(high) / 100 * 4, count * low.max(high) / 100 * 4);
+                let mut data = own.clone();
+                group.reduce_scatter(&mut data, low..high, Dtype::Float32).unwrap();
+                let sums: Vec<f32> =
+                    (0..*count).map(|i| (0..ranks).map(|rank| numbers(rank, n, *count)[i]).sum()).collect();
+                assert_eq!(data[low..high], bytes(&sums)[low..high], "step {n}");
+                assert_eq!(data[..low], own[..low], "step {n}: what is not wanted stays");
+                assert_eq!(data[high..], own[high..], "step {n}: what is not wanted stays");
+            }
+            Step::AllToAll(counts) => {
+                // Of each rank, what it has for rank 0, then for rank 1 ...
+                let part = |from: usize| -> Vec<u8> {
+                    (0..ranks).flat_map(|to| vec![(from * 50 + to * 7 + n) as u8; counts[from][to]]).collect()
+                };
+                let sizes: Vec<usize> = counts.iter().map(|row| row.iter().sum()).collect();
+                let wanted: Vec<_> = counts
+                    .iter()
+                    .map(|row| {
+                        let start = row[..rank].iter().sum::<usize>();
+                        start..start + row[rank]
+                    })
+                    .collect();
+                let mut out = vec![0; wanted.iter().map(ExactSizeIterator::len).sum()];
+                group.exchange(Op::AllToAll, &part(rank), &sizes, &wanted, &mut out).unwrap();
+                let expected: Vec<u8> =
+                    wanted.iter().enumerate().flat_map(|(from, range)| part(from)[range.clone()].to_vec()).collect();
+                assert_eq!(out, expected, "step {n}");
+            }
         }
     }
 }
@@ -122,7 +160,11 @@ fn a_long_run_stays_right() {
     let count = if cfg!(debug_assertions) { 5_000 } else { 100_000 };
     for ranks in [2, 3] {
         let steps: Vec<Step> = (0..count)
-            .map(|n| match n * 7919 % 11 {
+            .map(|n| match n * 7919 % 13 {
+                10 => Step::ReduceScatter(n * 31 % 300, (0..ranks).map(|rank| (rank * 30, n % 101)).collect()),
+                11 => {
+                    Step::AllToAll((0..ranks).map(|a| (0..ranks).map(|b| (n * (a + 2 * b)) % 90).collect()).collect())
+                }
                 0..=5 => Step::Reduce(n * 31 % 300),
                 6 => Step::Gather((0..ranks).map(|rank| (n + rank * 97) % 500).collect(), Some(n % ranks)),
                 7 => Step::Gather((0..ranks).map(|rank| (n + rank * 97) % 500).collect(), None),

@@ -1,12 +1,14 @@
-"""Everything that connects one rank with the others: its tensor group, the plans, its neighbours, and what it tells.
+"""Everything that connects one rank with the others: its tensor groups, the plans, its neighbours, and what it tells.
 
 For a worker of one rank all of it is empty, so that nothing above has to ask.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from warmroute_worker._native import CollectiveError, Region
@@ -33,6 +35,18 @@ first. With 50 us, which the gap between two steps exceeds, a step of 2 ranks to
 (bench/bench_ranks.py)."""
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Among whom tensors are divided."""
+
+    stage: TensorGroup
+    """All ranks of the stage: MLPs, experts, vocabulary."""
+    attention: TensorGroup
+    """Those that share the heads, and the pool, of one data-parallel rank; without DP attention the same ones."""
+    experts: TensorGroup
+    """All ranks of the stage again, for the thread that sends rows to experts."""
+
+
 class RankLinks:
     """Use on one thread. Calls that wait raise CollectiveError when a rank is gone or does not come in time."""
 
@@ -47,40 +61,77 @@ class RankLinks:
         layout = place.layout
         self._spin_us = SPIN_US if layout.world_size <= cores else 0
         self._timeout = timeout
-        self.group: TensorGroup = Alone()
-        self._plans = self._before = self._after = self._tokens = None
+        self.groups = Groups(Alone(), Alone(), Alone())
+        self._all = self._plans = self._drivers = self._before = self._after = self._tokens = None
         if region is None:
             assert layout.world_size == 1
             return
-        if layout.world_size > 1:
-            self._plans = self._open("plans")
-        if layout.tp_size > 1 and torch_backend is not None:
-            self.group = self._torch_group(torch_backend)
-        elif layout.tp_size > 1:
-            stage = self._open(f"tp of stage {place.pp_rank}")
-            self.group = SharedMemoryGroup(stage, place.tp_rank, layout.tp_size)
+        self._all = self._open("all")
+        self._plans = self._open(f"plans of dp {place.dp_rank}")
+        self._drivers = self._open("drivers") if place.is_driver else None
+        self.groups = self._shared_memory_groups() if torch_backend is None else self._torch_groups(torch_backend)
         if not place.is_first_stage:
-            self._before = self._open(f"stage {place.pp_rank - 1} to {place.pp_rank}, tp {place.tp_rank}")
+            self._before = self._open(f"from rank {place.rank - layout.tp_size} to {place.rank}")
         if not place.is_last_stage:
-            self._after = self._open(f"stage {place.pp_rank} to {place.pp_rank + 1}, tp {place.tp_rank}")
-        if layout.pp_size > 1 and (place.rank == 0 or place.samples):
-            self._tokens = self._open("tokens")
+            self._after = self._open(f"from rank {place.rank} to {place.rank + layout.tp_size}")
+        if place.is_driver or place.samples:
+            self._tokens = self._open(f"tokens of dp {place.dp_rank}")
 
-    def _open(self, name: str) -> Group:
+    def _open(self, name: str) -> Group | None:
         assert self._region is not None
         index = self.place.layout.group_index(name)
+        if index is None:
+            return None
         one_stage = os.environ.get("SGLANG_USE_1STAGE_ALLREDUCE") == "1"
         return self._region.group(
             index, self.place.rank, self._spin_us, self._timeout, None if one_stage else TWO_STAGES_FROM
         )
 
+    def _shared_memory_groups(self) -> Groups:
+        place = self.place
+        layout = place.layout
+
+        def group(name: str, rank: int, size: int) -> TensorGroup:
+            found = self._open(name)
+            return Alone() if found is None else SharedMemoryGroup(found, rank, size)
+
+        stage = group(f"tp of {place.stage_name}", place.tp_rank, layout.tp_size)
+        attention = stage
+        if layout.dp_attention:
+            name = f"attention of dp {place.dp_rank}, {place.stage_name}"
+            attention = group(name, place.attention_tp_rank, layout.attention_tp_size)
+        experts = group(f"experts of {place.stage_name}", place.tp_rank, layout.tp_size)
+        return Groups(stage, attention, experts)
+
+    def _torch_groups(self, backend: str) -> Groups:
+        """The driver chooses a port; everybody joins it there, within the time-out."""
+        from warmroute_worker.comm import torch_groups
+
+        layout, rank = self.place.layout, self.place.rank
+        if layout.world_size == 1:
+            return self.groups
+        store = torch_groups.serve(layout.world_size, self._timeout) if rank == 0 else None
+        port = int(self.exchange("" if store is None else str(store.port))[0])
+        store = store or torch_groups.join(port, layout.world_size, self._timeout)
+        torch_groups.connect(store, backend, rank, layout.world_size, self._timeout)
+        by_stage: dict[str, list[int]] = {}
+        by_attention: dict[tuple[str, int], list[int]] = {}
+        for place in layout.places():
+            by_stage.setdefault(place.stage_name, []).append(place.rank)
+            by_attention.setdefault((place.stage_name, place.dp_rank), []).append(place.rank)
+        made = [
+            torch_groups.group(list(members), rank, backend, self._timeout)
+            for members in (by_stage.values(), by_attention.values(), by_stage.values())
+        ]
+        return Groups(*(group if group.size > 1 else Alone() for group in made))
+
     def measure_reach(self) -> str:
         """Whether every rank reads what the others write, and how fast; a line for the operator."""
-        if self._plans is None:
+        if self._all is None:
             return "p2p check: there is one rank, so there are no peers"
         began = time.perf_counter()
         for _ in range(_CHECKS):
-            self._plans.barrier()
+            self._all.barrier()
         latency = (time.perf_counter() - began) / _CHECKS
         ranks = self.place.layout.world_size
         # Each writes its number where the others read it.
@@ -88,26 +139,26 @@ class RankLinks:
             raise CollectiveError(f"peer access is not supported between these two devices: rank {self.place.rank}")
         return f"p2p check: {ranks} ranks reach each other's memory; a barrier takes {latency * 1e6:.0f} us"
 
-    def _torch_group(self, backend: str) -> TensorGroup:
-        """The driver chooses a port; everybody joins it there, within the time-out."""
-        from warmroute_worker.comm import torch_groups
-
-        layout, rank = self.place.layout, self.place.rank
-        store = torch_groups.serve(layout.world_size, self._timeout) if rank == 0 else None
-        port = int(self.exchange("" if store is None else str(store.port))[0])
-        store = store or torch_groups.join(port, layout.world_size, self._timeout)
-        stages = [layout.stage(pp_rank) for pp_rank in range(layout.pp_size)]
-        return torch_groups.connect(store, backend, rank, layout.world_size, stages, self._timeout)
-
     def exchange(self, text: str) -> list[str]:
         """What every rank says, by rank; all must say something."""
-        if self._plans is None:
+        if self._all is None:
             return [text]
         # This one has a deadline; messages have none.
-        self._plans.barrier()
+        self._all.barrier()
         own = text.encode()
         ranks = range(self.place.layout.world_size)
-        return [self._plans.message(own if rank == self.place.rank else None, rank).decode() for rank in ranks]
+        return [self._all.message(own if rank == self.place.rank else None, rank).decode() for rank in ranks]
+
+    def exchange_records(self, record: bytes) -> list[bytes]:
+        """What the drivers of all data-parallel ranks say before a step, all of them as many bytes."""
+        if self._drivers is None:
+            return [record]
+        size, own = len(record), self.place.dp_rank
+        source, target = bytearray(record), bytearray(size * self.place.layout.dp_size)
+        sizes = [size] * self.place.layout.dp_size
+        wanted = [(0, size)] * len(sizes)
+        self._drivers.exchange("gather", address(source), sizes, own, wanted, address(target))
+        return [bytes(target[at : at + size]) for at in range(0, len(target), size)]
 
     def send_plan(self, data: bytes) -> None:
         if self._plans is not None:
@@ -151,9 +202,11 @@ class RankLinks:
             for name, value in numbers.items():
                 self._region.set(self.place.rank, name, value)
 
-    def stepped(self, busy_ns: int) -> None:
+    def stepped(self, busy_ns: int, mode: str) -> None:
+        """A step was done, in which the rank was in `mode`: prefill, decode or idle."""
         if self._region is not None:
             self._region.add(self.place.rank, "steps", 1)
+            self._region.add(self.place.rank, f"{mode}_steps", 1)
             self._region.add(self.place.rank, "busy_ns", busy_ns)
             self.beat()
 
@@ -179,3 +232,8 @@ class RankLinks:
 def alone(layout: Layout) -> RankLinks:
     """The links of the only rank, watched by nobody."""
     return RankLinks(layout.place(0), None, 0.0, 1)
+
+
+def address(buffer: bytearray) -> int:
+    """Where its bytes stand, as long as it is neither resized nor freed."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

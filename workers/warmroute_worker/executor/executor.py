@@ -53,6 +53,10 @@ class Executor(Protocol):
         """What the oldest plan brought that has not been collected."""
         ...
 
+    def exchange_records(self, record: bytes) -> list[bytes]:
+        """What the drivers of all data-parallel ranks say."""
+        ...
+
     def profile(self, folder: str | None) -> tuple[bool, str]:
         """Begin a trace of every rank into `folder`, or with None end it; whether it could, and a line for the user."""
         ...

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from warmroute_worker import topology
+from warmroute_worker import model_folder, topology
+from warmroute_worker.args import GROUPED_RUNNERS
+from warmroute_worker.comm.background import Background
+from warmroute_worker.comm.step_rows import StepRows
 from warmroute_worker.executor import memory
 from warmroute_worker.kv.pool import KvPool, page_bytes
 from warmroute_worker.layers import native
 from warmroute_worker.layers.attention import PagedAttention, rounded_up
+from warmroute_worker.layers.expert_exchange import Statistics
+from warmroute_worker.layers.expert_map import ExpertLayout
+from warmroute_worker.layers.moe import ExpertParallel
 from warmroute_worker.model_config import ModelError
 from warmroute_worker.models import registry
 from warmroute_worker.models.decoder import Stage
@@ -27,11 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from warmroute_worker.args import WorkerArgs
-    from warmroute_worker.comm.tensor_group import TensorGroup
+    from warmroute_worker.comm.rank_links import RankLinks
     from warmroute_worker.model_config import ModelConfig
     from warmroute_worker.models.decoder import Decoder
     from warmroute_worker.step_plan import StepPlan
-    from warmroute_worker.topology import Place
 
 
 log = logging.getLogger("warmroute_worker.model_runner")
@@ -70,16 +75,26 @@ class ModelRunner:
     """Owns the weights, the pool and torch's settings of a rank."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, args: WorkerArgs, place: Place, group: TensorGroup, sizes: Sizes
+        self,
+        folder: Path,
+        config: ModelConfig,
+        args: WorkerArgs,
+        links: RankLinks,
+        parallel: ExpertParallel,
+        sizes: Sizes,
     ) -> None:
         """`sizes.num_pages` is the same on all ranks. Raises StartupError."""
-        self.stage = stage_of(config, place, group)
+        place = links.place
+        self.place, self._groups = place, links.groups
+        self.stage = stage_of(config, args, links, parallel)
         self._device, self._dtype = sizes.device, sizes.dtype
-        kv_shape = config.kv_shape(place.tp_rank, place.layout.tp_size)
+        kv_shape = config.kv_shape(place.attention_tp_rank, place.layout.attention_tp_size)
         layers = len(self.stage.layers)
         with torch.inference_mode():
             self.model = _load(folder, config, args, sizes, self.stage)
             self.pool = KvPool(layers, sizes.num_pages, args.page_size, kv_shape, sizes.dtype, sizes.device)
+        self._token_bytes = sizes.page_bytes // args.page_size
+        self._stored_tokens = 0
         rounded = ROWS_TOGETHER if args.enable_deterministic_inference else 1
         self._rounded = rounded
         own_kernel = native.usable(sizes.dtype, sizes.device) and (
@@ -89,7 +104,7 @@ class ModelRunner:
         if args.attention_backend not in ("auto", self.attention_backend) and place.rank == 0:
             log.warning("--attention-backend %s: %s is used", args.attention_backend, self.attention_backend)
         self.attention = PagedAttention(
-            self.pool, args.max_running_requests, sizes.context_length, rounded, own_kernel=own_kernel
+            self.pool, args.of_rank()[0], sizes.context_length, rounded, own_kernel=own_kernel
         )
         self._hidden = config.hidden_size
         self._threads = args.threads or max(1, usable_cores() // place.layout.world_size)
@@ -107,6 +122,7 @@ class ModelRunner:
         wanted_threads = self._threads if len(plan.token_ids) > self._single_thread_tokens else 1
         if wanted_threads != torch.get_num_threads():
             torch.set_num_threads(wanted_threads)
+        records = plan.records
         batch = self.attention.begin(plan)
         token_ids = rounded_up(plan.token_ids, self._rounded)
         if before is None:
@@ -114,32 +130,66 @@ class ModelRunner:
         else:
             x = torch.empty((len(token_ids), self._hidden), dtype=self._dtype, device=self._device)
             before(x)
-        x = self.model.forward(x, self.attention, batch)
+        x = self.model.forward(x, self.attention, batch, self._rows([record.tokens for record in records]))
+        self._stored_tokens += len(plan.token_ids)
+        sampled = [record.sampled for record in records]
         if not self.stage.ends:
             return x
-        if not plan.sampled.any():
+        if not any(sampled):
             return None
         wanted = np.cumsum(plan.lengths, dtype=np.int64)[plan.sampled] - 1
-        logits = self.model.logits(x[torch.from_numpy(rounded_up(wanted, self._rounded)).to(self._device)])
+        x = x[torch.from_numpy(rounded_up(wanted, self._rounded)).to(self._device)]
+        logits = self.model.logits(x, self._rows(sampled), samples=self.place.samples)
         return None if logits is None else logits[: len(wanted)]
 
+    def counts(self) -> dict[str, int]:
+        """What this rank did since the start, for `/debug/ranks`."""
+        statistics = self.stage.experts.statistics
+        return {
+            "stored_bytes": self._stored_tokens * self._token_bytes,
+            "sent_rows": statistics.sent_rows,
+            "expert_rows": statistics.expert_rows,
+        }
 
-def stage_of(config: ModelConfig, place: Place, group: TensorGroup) -> Stage:
+    def _rows(self, counts: list[int]) -> StepRows:
+        rounded = [-(-count // self._rounded) * self._rounded for count in counts]
+        return StepRows(self._groups.stage, self._groups.attention, rounded)
+
+
+def expert_parallel(args: WorkerArgs, links: RankLinks) -> ExpertParallel:
+    """This rank's part of the experts."""
+    place = links.place
+    sends = args.moe_a2a_backend != "none" and place.layout.ep_size > 1
+    layout = ExpertLayout(
+        ep_rank=place.ep_rank,
+        ep_size=place.layout.ep_size,
+        tp_rank=place.expert_tp_rank,
+        tp_size=place.layout.expert_tp_size,
+        sent=sends,
+        row_per_expert=args.ep_rows == "expert",
+        grouped=args.moe_runner_backend in GROUPED_RUNNERS,
+    )
+    return ExpertParallel(layout, links.groups.experts, Background(), Statistics())
+
+
+def stage_of(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: ExpertParallel) -> Stage:
+    place = links.place
     layers = topology.share(config.num_layers, place.pp_rank, place.layout.pp_size)
-    return Stage(layers, place.is_first_stage, place.is_last_stage, group)
+    split_head = place.layout.dp_attention and not args.enable_dp_lm_head
+    return Stage(layers, place.is_first_stage, place.is_last_stage, links.groups, parallel, split_head)
 
 
-def measure(config: ModelConfig, args: WorkerArgs, place: Place, group: TensorGroup) -> Sizes:
+def measure(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: ExpertParallel) -> Sizes:
     """What this rank can hold. Raises StartupError."""
-    layout = place.layout
+    place, layout = links.place, links.place.layout
     device, context_length = _device(args.device, place.rank), _context_length(config, args)
     dtype = _dtype(args.dtype, config, device)
     if args.enable_deterministic_inference and not native.usable(dtype, device):
         raise ModelError("--enable-deterministic-inference is for float32 on CPU: add --device cpu --dtype float32")
-    stage = stage_of(config, place, group)
+    stage = stage_of(config, args, links, parallel)
     source = MeasuredWeights(dtype)
     registry.build(config, source, 1, stage)
-    kv_shape = config.kv_shape(place.tp_rank, layout.tp_size)
+    kv_shape = config.kv_shape(place.attention_tp_rank, layout.attention_tp_size)
     size_of_page = page_bytes(len(stage.layers), args.page_size, kv_shape, dtype)
     num_pages = memory.pool_pages(
         available=memory.available_bytes(device) // memory.sharers(device, layout.world_size),
@@ -175,7 +225,7 @@ def _load(folder: Path, config: ModelConfig, args: WorkerArgs, sizes: Sizes, sta
     packing = Packing(plain_for_one_row=sizes.weight_bytes <= CACHED_BYTES)
     if args.enable_deterministic_inference:
         packing = Packing(smallest=0)
-    if args.load_format == "dummy":
+    if args.load_format == "dummy" or args.model_path in model_folder.WITHOUT_WEIGHTS:
         dummy = DummyWeights(args.random_seed, config.initializer_range, sizes.dtype, sizes.device, packing)
         return registry.build(config, dummy, sizes.context_length, stage)
     reader = SafetensorsReader(folder, sizes.dtype, sizes.device, config.weight_block, packing)

@@ -37,6 +37,8 @@ ORDER = b"order:"
 START_TRACE, STOP_TRACE = ORDER + b"start trace:", ORDER + b"stop trace"
 
 
+_MODES = ("idle", "decode", "prefill")
+
 _NO_TRACE = contextlib.nullcontext()
 
 
@@ -47,13 +49,15 @@ class Rank:
         """Raises StartupError, on every rank when it is raised on one."""
         began = time.perf_counter()
         self.place, self._links = links.place, links
+        self._steps = 0
         self.trace: tuple[torch.profiler.profile, Path] | None = None
         """While one is being made, and where it goes."""
-        sizes = model_runner.measure(config, args, links.place, links.group)
+        parallel = model_runner.expert_parallel(args, links)
+        sizes = model_runner.measure(config, args, links, parallel)
         # The least of all, so that a page number means the same everywhere.
         pages = [int(text) for text in links.exchange(str(sizes.num_pages))]
         sizes = dataclasses.replace(sizes, num_pages=min(pages))
-        self.runner = model_runner.ModelRunner(folder, config, args, links.place, links.group, sizes)
+        self.runner = model_runner.ModelRunner(folder, config, args, links, parallel, sizes)
         pool_bytes = sizes.num_pages * sizes.page_bytes
         links.say(weight_bytes=sizes.weight_bytes, pool_bytes=pool_bytes)
         totals = [tuple(map(int, text.split())) for text in links.exchange(f"{sizes.weight_bytes} {pool_bytes}")]
@@ -66,7 +70,7 @@ class Rank:
             kv_pool_bytes=sum(pool for _, pool in totals),
             load_seconds=time.perf_counter() - began,
             attention_backend=self.runner.attention_backend,
-            collectives=links.group.name,
+            collectives=links.groups.stage.name,
             depth=links.place.layout.pp_size,
         )
 
@@ -75,13 +79,18 @@ class Rank:
         begin = time.perf_counter_ns()
         links = self._links
         waited = links.comm_ns
-        with torch.profiler.record_function(f"step of {len(plan.token_ids)} tokens") if self.trace else _NO_TRACE:
+        mode = plan.record.mode
+        text = f"step {self._steps}: {_MODES[mode]} of {len(plan.token_ids)} tokens"
+        self._steps += 1
+        with torch.profiler.record_function(text) if self.trace else _NO_TRACE:
             result = self.runner.forward(plan, None if self.place.is_first_stage else links.take)
         if not self.place.is_last_stage:
             assert result is not None
             links.hand_on(result)
-        drawn = self._draw(plan, result) if self.place.samples else None
-        links.stepped(time.perf_counter_ns() - begin - (links.comm_ns - waited))
+        # Of an idle plan nobody expects tokens.
+        drawn = self._draw(plan, result) if self.place.samples and mode else None
+        links.stepped(time.perf_counter_ns() - begin - (links.comm_ns - waited), _MODES[mode])
+        links.say(**self.runner.counts())
         return drawn
 
     def obey(self, order: bytes) -> str:
@@ -119,19 +128,23 @@ class RankExecutor:
         self._active_since = time.perf_counter_ns()
 
     def submit(self, plan: StepPlan) -> None:
-        if not len(plan):
+        if plan.is_idle:
             self._drawn.append(([], {}))
             return
         if not self._drawn:
             self._active_since = time.perf_counter_ns()
         self.links.send_plan(plan.encode())
         try:
-            self._drawn.append(self.rank.run(plan))
+            drawn = self.rank.run(plan)
+            self._drawn.append(drawn if len(plan) else ([], {}))
         except (MemoryError, RuntimeError) as error:
             # Alone it can be tried again with less; with others waiting for this rank's sums, it cannot.
             if self.rank.place.layout.world_size == 1 and is_out_of_memory(error):
                 raise StepOutOfMemoryError(str(error).splitlines()[0] if str(error) else "MemoryError") from error
             raise
+
+    def exchange_records(self, record: bytes) -> list[bytes]:
+        return self.links.exchange_records(record)
 
     def profile(self, folder: str | None) -> tuple[bool, str]:
         if (folder is None) == (self.rank.trace is None):

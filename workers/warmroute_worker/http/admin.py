@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from warmroute_worker import messages
+    from warmroute_worker.data_parallel import DataParallelController
     from warmroute_worker.engine_client import EngineClient
     from warmroute_worker.http.service import Service
+    from warmroute_worker.metrics import RankMetrics
 
 
 PAUSE_MODES = ("abort", "in_place", "retract")
@@ -54,14 +56,13 @@ async def models(request: web.Request) -> web.Response:
 
 async def server_info(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
-    facts = service.facts()
+    facts, effective = service.facts(), service.args.effective()
     info = {
         **dataclasses.asdict(service.args),
         "tokenizer_path": service.args.model_path,
         "version": _version(),
-        "dp_size": 1,
-        "ep_size": 1,
-        "load_balance_method": "round_robin",
+        "ep_size": effective["ep_size"],
+        "load_balance_method": effective["load_balance_method"],
         "disaggregation_mode": "null",
         "is_embedding": False,
         "weight_version": "default",
@@ -71,7 +72,7 @@ async def server_info(request: web.Request) -> web.Response:
         "max_running_requests": facts.max_running_requests,
         "page_size": facts.page_size,
         "requested": dataclasses.asdict(service.args),
-        "effective": {**dataclasses.asdict(facts), "cuda_graph": "none: not implemented"},
+        "effective": {**dataclasses.asdict(facts), **effective, "cuda_graph": "none: not implemented"},
     }
     return _json(info)
 
@@ -96,15 +97,15 @@ async def model_info(request: web.Request) -> web.Response:
 
 async def load(request: web.Request) -> web.Response:
     """SGLang's /get_load: one entry per data-parallel rank."""
-    loads = _load(request.app[SERVICE])
     return _json(
         [
             {
-                "dp_rank": 0,
-                "num_reqs": loads["num_total_reqs"],
-                "num_waiting_reqs": loads["num_waiting_reqs"],
-                "num_tokens": loads["num_used_tokens"] + loads["num_waiting_uncached_tokens"],
+                "dp_rank": load["dp_rank"],
+                "num_reqs": load["num_total_reqs"],
+                "num_waiting_reqs": load["num_waiting_reqs"],
+                "num_tokens": load["num_used_tokens"] + load["num_waiting_uncached_tokens"],
             }
+            for load in _loads(request.app[SERVICE])
         ]
     )
 
@@ -112,7 +113,8 @@ async def load(request: web.Request) -> web.Response:
 async def loads(request: web.Request) -> web.Response:
     """SGLang's /v1/loads."""
     now = datetime.datetime.now(datetime.UTC).isoformat()
-    return _json({"timestamp": now, "dp_rank_count": 1, "loads": [_load(request.app[SERVICE])]})
+    found = _loads(request.app[SERVICE])
+    return _json({"timestamp": now, "dp_rank_count": len(found), "loads": found})
 
 
 async def flush_cache(request: web.Request) -> web.Response:
@@ -148,7 +150,7 @@ async def stop_profile(request: web.Request) -> web.Response:
     return _json({"message": await _asked(request, lambda engine: engine.profile(None))})
 
 
-async def _asked(request: web.Request, question: Callable[[EngineClient], Awaitable[messages.Reply]]) -> str:
+async def _asked(request: web.Request, question: Callable[[DataParallelController], Awaitable[messages.Reply]]) -> str:
     """The engine's answer. Raises ApiError if it is no, or if there is no engine."""
     service = request.app[SERVICE]
     service.facts()
@@ -172,16 +174,20 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=request.app[SERVICE].metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _load(service: Service) -> dict[str, Any]:
+def _loads(service: Service) -> list[dict[str, Any]]:
+    """By data-parallel rank."""
+    facts, now = service.facts(), time.monotonic()
+    return [_load(client, facts, service.metrics.of_rank(client.dp_rank), now) for client in service.engine.clients]
+
+
+def _load(client: EngineClient, facts: messages.Ready, metrics: RankMetrics, now: float) -> dict[str, Any]:
     """Of the last step, corrected by what was submitted since: `live` is exact, the driver's numbers are a step old."""
-    facts = service.facts()
-    engine = service.engine
-    step = engine.load
-    live = len(engine.live)
+    step = client.load
+    live = len(client.live)
     running = min(step.running, live) if step else 0
     total = facts.max_total_tokens
     return {
-        "dp_rank": 0,
+        "dp_rank": client.dp_rank,
         "num_running_reqs": running,
         "num_waiting_reqs": live - running,
         "num_waiting_uncached_tokens": step.waiting_uncached_tokens if step else 0,
@@ -189,7 +195,7 @@ def _load(service: Service) -> dict[str, Any]:
         "num_used_tokens": step.used_tokens if step else 0,
         "max_total_num_tokens": total,
         "token_usage": step.used_tokens / total if step else 0.0,
-        "gen_throughput": service.metrics.throughput.tokens_per_second(time.monotonic()),
+        "gen_throughput": metrics.throughput.tokens_per_second(now),
         "cache_hit_rate": cache_hit_rate(step) if step else 0.0,
         "utilization": running / facts.max_running_requests,
         "max_running_requests": facts.max_running_requests,

@@ -166,12 +166,18 @@ def priority(fields: Mapping[str, Any]) -> int:
     return _Reader(fields, "").integer("priority", 0, -(1 << 31), 1 << 31) or 0
 
 
-def check_rank(fields: Mapping[str, Any]) -> None:
-    """Routers pin requests to data-parallel ranks with these fields; there is one rank."""
-    for name in ("routed_dp_rank", "data_parallel_rank"):
-        rank = _Reader(fields, "").integer(name, None, -(1 << 63), None)
-        if rank not in (None, 0):
-            raise invalid(f"{name}={rank} out of range [0, 1)", name)
+def dp_rank(fields: Mapping[str, Any], header: str | None, size: int) -> int | None:
+    """The data-parallel rank that a router or a client wants; `header`: X-data-parallel-rank, as vLLM has it."""
+    given = {name: fields.get(name) for name in ("routed_dp_rank", "data_parallel_rank")}
+    if header is not None:
+        given["x-data-parallel-rank"] = int(header) if header.isdecimal() else header
+    for name in given:
+        rank = _Reader(given, "").integer(name, None, -(1 << 63), None)
+        if rank is not None:
+            if not 0 <= rank < size:
+                raise invalid(f"{name}={rank} out of range [0, {size})", name)
+            return rank
+    return None
 
 
 def _prompt(value: Any, name: str, vocab_size: int) -> str | list[int]:

@@ -18,6 +18,7 @@ from warmroute_worker.request_state import RequestState
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from warmroute_worker.engine_client import EngineClient
     from warmroute_worker.http.fields import Sampling
     from warmroute_worker.http.service import Service
 
@@ -39,8 +40,10 @@ class Generation:
         names: Sequence[str] | None = None,
         priority: int = 0,
         echo: bool = False,
+        dp_rank: int | None = None,
     ) -> None:
-        """`names`: what the client calls each prompt. `echo`: answers begin with their prompts.
+        """`names`: what the client calls each prompt. `echo`: answers begin with their prompts. `dp_rank`: who is to
+        compute them; None: the engine chooses.
 
         Raises ApiError when the prompts (field `param`) cannot be taken.
         """
@@ -52,6 +55,9 @@ class Generation:
         prompts = [prompt for prompt in prompts for _ in range(sampling.num_answers)]
         self.states: list[RequestState] = []
         self._engine = service.engine
+        self._clients: list[EngineClient] = []
+        """Who computes each prompt: all answers to one are computed by the same one."""
+        self._dp_rank = dp_rank
         self._changed = asyncio.Event()
         self._requests: list[messages.Generate] = []
         limit = token_limit(facts)
@@ -100,14 +106,18 @@ class Generation:
             )
 
     def __enter__(self) -> Self:
-        for state, request in zip(self.states, self._requests, strict=True):
-            self._engine.submit(state, request)
+        for index, (state, request) in enumerate(zip(self.states, self._requests, strict=True)):
+            if index % self.answers_each == 0:
+                engine, wanted = self._engine, self._dp_rank
+                client = engine.choose() if wanted is None else engine.clients[wanted]
+            self._clients.append(client)
+            client.submit(state, request)
         self._requests.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for state in self.states:
-            self._engine.cancel(state)
+        for client, state in zip(self._clients, self.states, strict=True):
+            client.cancel(state)
 
     async def begun(self) -> None:
         """Until every prompt has its first token. Raises ApiError when one ends without."""
@@ -138,6 +148,11 @@ class Generation:
             code = ErrorCode.DRAINING if state.finish.kind == "abort" else ErrorCode.GENERATION_FAILED
             return ApiError(code, state.finish.message)
         return None
+
+    @property
+    def dp_ranks(self) -> list[int]:
+        """Who computes each answer, once they are submitted."""
+        return [client.dp_rank for client in self._clients]
 
     @property
     def prompt_tokens(self) -> int:

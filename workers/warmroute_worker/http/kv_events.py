@@ -2,6 +2,7 @@
 
 `GET /kv_events?from=N&timeout=S` answers with the batches from number N on, after at most S seconds with none. Who is
 too late for N gets 410 and starts again from `GET /kv_events/snapshot`, whose `next` is where the events go on.
+`dp_rank=R` asks for another data-parallel rank than 0: each has a cache, and numbers, of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _REMOVED = ("block_hashes", "medium")
 
 async def kv_events(request: web.Request) -> web.Response:
     """See the head of this file."""
-    log = _log(request)
+    dp_rank, log = _log(request)
     first = _number(request, "from", float(log.oldest))
     timeout = _number(request, "timeout", 0.0)
     number = int(first)
@@ -37,7 +38,7 @@ async def kv_events(request: web.Request) -> web.Response:
         )
     await log.wait(number, min(timeout, LONGEST_WAIT))
     batches = [
-        {"seq": seq, "ts": ts, "dp_rank": 0, "events": [_named(event) for event in events]}
+        {"seq": seq, "ts": ts, "dp_rank": dp_rank, "events": [_named(event) for event in events]}
         for seq, ts, events in log.since(number)
     ]
     return _json({"epoch": log.epoch, "next": number + len(batches), "batches": batches})
@@ -45,8 +46,8 @@ async def kv_events(request: web.Request) -> web.Response:
 
 async def snapshot(request: web.Request) -> web.Response:
     """Everything that is cached now, and the number from which events go on."""
-    log = _log(request)
-    head = {"epoch": log.epoch, "next": log.next, "dp_rank": 0}
+    dp_rank, log = _log(request)
+    head = {"epoch": log.epoch, "next": log.next, "dp_rank": dp_rank}
     cached = log.cached()
 
     def written() -> bytes:
@@ -60,10 +61,14 @@ async def snapshot(request: web.Request) -> web.Response:
     return web.Response(body=await asyncio.to_thread(written), content_type="application/json")
 
 
-def _log(request: web.Request) -> KvEventLog:
+def _log(request: web.Request) -> tuple[int, KvEventLog]:
+    """The data-parallel rank that is asked for, and its log."""
     service = request.app[SERVICE]
     service.facts()
-    return service.engine.kv_events
+    ranks, wanted = service.engine.clients, _number(request, "dp_rank", 0)
+    if wanted >= len(ranks):
+        raise invalid(f"dp_rank={wanted:g} out of range [0, {len(ranks)})", "dp_rank")
+    return int(wanted), ranks[int(wanted)].kv_events
 
 
 def _named(event: list[Any]) -> dict[str, Any]:

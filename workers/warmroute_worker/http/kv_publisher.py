@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from warmroute_worker.kv_event_log import KvEventLog
 
@@ -27,8 +28,11 @@ class PublisherError(ValueError):
 
 
 @contextlib.contextmanager
-def publisher(config: str | None, log: KvEventLog) -> Iterator[None]:
-    """Publishes what the log gets, as `--kv-events-config` says. Within an event loop. Raises PublisherError."""
+def publisher(config: str | None, logs: Sequence[KvEventLog]) -> Iterator[None]:
+    """Publishes what the logs get, as `--kv-events-config` says. Within an event loop. Raises PublisherError.
+
+    `logs`: one per data-parallel rank, each with sockets of its own; see `of_rank`.
+    """
     settings: dict[str, Any] = json.loads(config) if config else {}
     if settings.get("publisher") != "zmq":
         yield
@@ -42,31 +46,44 @@ def publisher(config: str | None, log: KvEventLog) -> Iterator[None]:
     context = zmq.asyncio.Context()
     topic = str(settings.get("topic", "")).encode()
     sockets: list[Any] = []
-    replaying: asyncio.Task[None] | None = None
+    replaying: list[asyncio.Task[None]] = []
     try:
-        # Sent without waiting: a subscriber that is too slow loses batches, and sees it by their numbers.
-        pub: Any = zmq.Context.shadow(context).socket(zmq.PUB)
-        sockets.append(pub)
-        pub.set_hwm(int(settings.get("hwm", 100_000)))
-        pub.bind(settings.get("endpoint", "tcp://*:5557"))
-        if "replay_endpoint" in settings:
-            router = context.socket(zmq.ROUTER)
-            sockets.append(router)
-            router.bind(settings["replay_endpoint"])
-            replaying = asyncio.create_task(_replay(router, log))
+        for rank, log in enumerate(logs):
+            # Sent without waiting: a subscriber that is too slow loses batches, and sees it by their numbers.
+            pub: Any = zmq.Context.shadow(context).socket(zmq.PUB)
+            sockets.append(pub)
+            pub.set_hwm(int(settings.get("hwm", 100_000)))
+            pub.bind(of_rank(settings.get("endpoint", "tcp://*:5557"), rank))
+            if "replay_endpoint" in settings:
+                router = context.socket(zmq.ROUTER)
+                sockets.append(router)
+                router.bind(of_rank(settings["replay_endpoint"], rank))
+                replaying.append(asyncio.create_task(_replay(router, log, rank)))
+            log.listen(functools.partial(_publish, pub, topic, rank))
     except zmq.ZMQError as error:
         _close(sockets, context)
         raise PublisherError(f"--kv-events-config: cannot bind: {error}") from error
-    log.listen(lambda number, time, events: pub.send_multipart([topic, _number(number), _batch(time, events)]))
     try:
         yield
     finally:
-        if replaying is not None:
-            replaying.cancel()
+        for task in replaying:
+            task.cancel()
         _close(sockets, context)
 
 
-async def _replay(router: Any, log: KvEventLog) -> None:
+def of_rank(endpoint: str, rank: int) -> str:
+    """The endpoint of a data-parallel rank, as in SGLang and vLLM: the port plus its number; of a name, with it."""
+    if rank == 0:
+        return endpoint
+    head, colon, port = endpoint.rpartition(":")
+    return f"{head}:{int(port) + rank}" if colon and port.isdecimal() else f"{endpoint}_dp{rank}"
+
+
+def _publish(pub: Any, topic: bytes, rank: int, number: int, time: float, events: list[list[Any]]) -> None:
+    pub.send_multipart([topic, _number(number), _batch(time, events, rank)])
+
+
+async def _replay(router: Any, log: KvEventLog, rank: int) -> None:
     while True:
         frames = await router.recv_multipart()
         if len(frames) != 3 or len(frames[2]) != 8:
@@ -75,7 +92,7 @@ async def _replay(router: Any, log: KvEventLog) -> None:
         first = max(int.from_bytes(wanted, "big"), log.oldest)
         while batches := log.since(first):
             for number, time, events in batches:
-                await router.send_multipart([client, empty, _number(number), _batch(time, events)])
+                await router.send_multipart([client, empty, _number(number), _batch(time, events, rank)])
             first = batches[-1][0] + 1
         await router.send_multipart([client, empty, END, b""])
 
@@ -90,6 +107,6 @@ def _number(number: int) -> bytes:
     return number.to_bytes(8, "big")
 
 
-def _batch(time: float, events: list[list[Any]]) -> bytes:
-    packed: bytes = msgpack.packb([time, events, 0])
+def _batch(time: float, events: list[list[Any]], rank: int) -> bytes:
+    packed: bytes = msgpack.packb([time, events, rank])
     return packed

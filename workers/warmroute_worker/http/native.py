@@ -45,7 +45,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
     facts = service.open_facts()
     body = fields.json_object(await request.read())
     fields.refuse(body, _REFUSED)
-    fields.check_rank(body)
+    dp_rank = fields.dp_rank(body, request.headers.get("x-data-parallel-rank"), len(service.engine.clients))
     given = [name for name in ("text", "input_ids") if body.get(name) is not None]
     if len(given) != 1:
         raise invalid("give either `text` or `input_ids`", "text")
@@ -73,14 +73,16 @@ async def generate(request: web.Request) -> web.StreamResponse:
     prompts = [await service.token_ids(prompt, param, add_special_tokens=True) for prompt in parsed]
     names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
     priority = fields.priority(body)
-    generation = Generation(service, prompts, param, sampling, stream=stream, names=names, priority=priority)
+    generation = Generation(
+        service, prompts, param, sampling, stream=stream, names=names, priority=priority, dp_rank=dp_rank
+    )
     if stream:
         return await stream_answer(request, generation, _Chunks(generation, batch))
     with generation:
         await generation.finished()
     answers = [
-        {"text": state.take_text(), "output_ids": state.output_ids, "meta_info": _meta_info(state)}
-        for state in generation.states
+        {"text": state.take_text(), "output_ids": state.output_ids, "meta_info": _meta_info(state, dp_rank)}
+        for state, dp_rank in zip(generation.states, generation.dp_ranks, strict=True)
     ]
     return web.Response(
         body=json_bytes(answers if batch else answers[0]),
@@ -159,7 +161,7 @@ class _Chunks:
         self._texts = [bytearray(b'"') for _ in generation.states]
         self._ids = [bytearray() for _ in generation.states]
         self._sent_ids = [0] * len(generation.states)
-        self._batch = batch
+        self._batch, self._generation = batch, generation
 
     def opening(self, index: int) -> bytes:
         del index
@@ -172,7 +174,10 @@ class _Chunks:
             self._sent_ids[index] += len(new)
         parts: list[bytes | bytearray] = [b'{"text":', self._texts[index], b'","output_ids":[', self._ids[index]]
         parts.append(b'],"meta_info":')
-        parts += [json_bytes(_meta_info(state)), b',"index":%d}' % index if self._batch else b"}"]
+        parts += [
+            json_bytes(_meta_info(state, self._generation.dp_ranks[index])),
+            b',"index":%d}' % index if self._batch else b"}",
+        ]
         return event(b"".join(parts))
 
     def closing(self, generation: Generation) -> bytes:
@@ -180,7 +185,7 @@ class _Chunks:
         return b""
 
 
-def _meta_info(state: RequestState) -> dict[str, Any]:
+def _meta_info(state: RequestState, dp_rank: int) -> dict[str, Any]:
     finish = state.finish
     reason: dict[str, Any] | None = None
     if finish is not None and not finish.is_failure:
@@ -197,6 +202,7 @@ def _meta_info(state: RequestState) -> dict[str, Any]:
         "prompt_tokens": state.prompt_tokens,
         "completion_tokens": len(state.output_ids),
         "cached_tokens": state.cached_tokens or 0,
+        "dp_rank": dp_rank,
         "e2e_latency": time.monotonic() - state.arrived,
         "weight_version": "default",
         **(logprobs.of_native(state) if state.logprobs else {}),

@@ -53,7 +53,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     facts = service.open_facts()
     body = fields.json_object(await request.read())
     fields.refuse(body, _CHAT_REFUSED)
-    fields.check_rank(body)
+    dp_rank = fields.dp_rank(body, request.headers.get("x-data-parallel-rank"), len(service.engine.clients))
     limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     wanted = fields.boolean(body, "logprobs", False)
     top = fields.count(body, "top_logprobs", logprobs.MOST)
@@ -65,7 +65,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     prompt = await service.token_ids(text, "messages", add_special_tokens=False)  # the template has written them
     names = fields.names(body, request.headers.get("x-request-id"), 1)
     priority = fields.priority(body)
-    generation = Generation(service, [prompt], "messages", sampling, stream=stream, names=names, priority=priority)
+    generation = Generation(
+        service, [prompt], "messages", sampling, stream=stream, names=names, priority=priority, dp_rank=dp_rank
+    )
     return await _answer(request, generation, _CHAT, body, stream)
 
 
@@ -74,7 +76,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     facts = service.open_facts()
     body = fields.json_object(await request.read())
     fields.refuse(body, _COMPLETION_REFUSED)
-    fields.check_rank(body)
+    dp_rank = fields.dp_rank(body, request.headers.get("x-data-parallel-rank"), len(service.engine.clients))
     told = fields.count(body, "logprobs", logprobs.MOST)
     sampling = _sampling(body, "max_tokens", _COMPLETION_TOKENS, facts.vocab_size, told)
     given = fields.prompts(body.get("prompt"), "prompt", facts.vocab_size)
@@ -86,7 +88,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
     priority = fields.priority(body)
     generation = Generation(
-        service, prompts, "prompt", sampling, stream=stream, names=names, priority=priority, echo=echo
+        service, prompts, "prompt", sampling, stream=stream, names=names, priority=priority, echo=echo, dp_rank=dp_rank
     )
     return await _answer(request, generation, _COMPLETION, body, stream)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -22,6 +23,7 @@ from warmroute_worker._native import Region
 from warmroute_worker.args import WorkerArgs
 from warmroute_worker.chat import ChatTemplate
 from warmroute_worker.child_process import StatusPipe, die_with_parent, leave_signals_to_parent
+from warmroute_worker.data_parallel import DataParallelController
 from warmroute_worker.engine_client import EngineClient, Phase
 from warmroute_worker.http.app import make_runner
 from warmroute_worker.http.kv_publisher import PublisherError, publisher
@@ -42,7 +44,7 @@ FLUSH_SECONDS = 1.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parent-pid", type=int, required=True)
-    parser.add_argument("--engine-fd", type=int, required=True, help="this process's end of the socket pair")
+    parser.add_argument("--engine-fds", required=True, help="this process's ends of the socket pairs, by rank")
     parser.add_argument("--listener-fd", type=int, required=True)
     parser.add_argument("--status-fd", type=int, required=True)
     parser.add_argument("--ranks-fd", type=int, required=True, help="the memory that the ranks share")
@@ -59,9 +61,9 @@ def main() -> int:
         status.failed(str(error))
         return 1
     listener = socket.socket(fileno=options.listener_fd)
-    engine_socket = socket.socket(fileno=options.engine_fd)
+    engine_sockets = [socket.socket(fileno=int(fd)) for fd in options.engine_fds.split(",")]
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(serve(service, listener, engine_socket, status))
+        return runner.run(serve(service, listener, engine_sockets, status))
 
 
 def load_service(args: WorkerArgs, ranks_fd: int) -> Service:
@@ -70,9 +72,9 @@ def load_service(args: WorkerArgs, ranks_fd: int) -> Service:
     Raises LookupError or ValueError with one line.
     """
     folder = model_folder.resolve(args.model_path)
-    metrics = Metrics(args.served_model_name)
-    engine = EngineClient(metrics)
-    metrics.follow(engine.current_load, time.monotonic)
+    metrics = Metrics(args.served_model_name, args.layout)
+    engine = DataParallelController(metrics, args.dp_size, args.effective()["load_balance_method"])
+    metrics.follow(lambda: [client.current_load() for client in engine.clients], time.monotonic)
     ranks = RankStatuses(args.layout, Region(ranks_fd, args.layout.world_size, args.layout.groups()))
     metrics.follow_ranks(ranks)
     return Service(
@@ -86,7 +88,9 @@ def load_service(args: WorkerArgs, ranks_fd: int) -> Service:
     )
 
 
-async def serve(service: Service, listener: socket.socket, engine_socket: socket.socket, status: StatusPipe) -> int:
+async def serve(
+    service: Service, listener: socket.socket, engine_sockets: list[socket.socket], status: StatusPipe
+) -> int:
     """Until SIGTERM (0) or the engine's death (1)."""
     loop = asyncio.get_running_loop()
     engine = service.engine
@@ -97,12 +101,15 @@ async def serve(service: Service, listener: socket.socket, engine_socket: socket
     await web.SockSite(runner, listener).start()
     publishing = contextlib.ExitStack()
     try:
-        publishing.enter_context(publisher(service.args.kv_events_config, engine.kv_events))
+        publishing.enter_context(
+            publisher(service.args.kv_events_config, [client.kv_events for client in engine.clients])
+        )
     except PublisherError as error:
         status.failed(str(error))
         await runner.cleanup()
         return 1
-    await loop.create_unix_connection(lambda: engine, sock=engine_socket)
+    for client, sock in zip(engine.clients, engine_sockets, strict=True):
+        await loop.create_unix_connection(functools.partial(_itself, client), sock=sock)
     watching = asyncio.create_task(_watch(engine, status))
     draining = asyncio.create_task(_drain(service, drain))
     try:
@@ -120,7 +127,11 @@ async def serve(service: Service, listener: socket.socket, engine_socket: socket
         await runner.cleanup()
 
 
-async def _watch(engine: EngineClient, status: StatusPipe) -> Phase:
+def _itself(client: EngineClient) -> EngineClient:
+    return client
+
+
+async def _watch(engine: DataParallelController, status: StatusPipe) -> Phase:
     """Reports what becomes of the engine; returns at its end with the phase in which that happened."""
     before = engine.phase
     while True:
@@ -147,7 +158,7 @@ async def _drain(service: Service, told: asyncio.Event) -> None:
     service.draining = True
     try:
         async with asyncio.timeout(service.args.drain_timeout):
-            await service.engine.idle.wait()
+            await service.engine.wait_until_idle()
     except TimeoutError:
         pass
     service.engine.fail_all("the worker is shutting down and this request did not finish in time")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from warmroute_worker import messages
     from warmroute_worker.args import WorkerArgs
     from warmroute_worker.chat import ChatTemplate
-    from warmroute_worker.engine_client import EngineClient
+    from warmroute_worker.data_parallel import DataParallelController
     from warmroute_worker.metrics import Metrics
     from warmroute_worker.rank_statuses import RankStatuses
     from warmroute_worker.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class Service:
     args: WorkerArgs
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
-    engine: EngineClient
+    engine: DataParallelController
     metrics: Metrics
     ranks: RankStatuses
     created: int
@@ -87,9 +87,10 @@ class Service:
         queue = self.args.max_queued_requests
         if (
             queue is not None
-            and len(self.engine.live) + len(prompts) * answers_each > facts.max_running_requests + queue
+            and self.engine.num_live + len(prompts) * answers_each
+            > facts.max_running_requests * len(self.engine.clients) + queue
         ):
-            raise ApiError(ErrorCode.QUEUE_FULL, f"{len(self.engine.live)} requests run or wait; try again later")
+            raise ApiError(ErrorCode.QUEUE_FULL, f"{self.engine.num_live} requests run or wait; try again later")
         return facts
 
 

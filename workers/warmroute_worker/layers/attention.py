@@ -291,6 +291,6 @@ def similar_lengths(page_counts: Int32s) -> list[Int64s]:
 def _positions(starts: Int32s, lengths: Int32s) -> Int64s:
     """Each sequence's run start, start + 1, ... one after the other."""
     ends = np.cumsum(lengths, dtype=np.int64)
-    within = np.arange(ends[-1], dtype=np.int64) - np.repeat(ends - lengths, lengths)
+    within = np.arange(lengths.sum(), dtype=np.int64) - np.repeat(ends - lengths, lengths)
     positions: Int64s = np.repeat(starts.astype(np.int64), lengths) + within
     return positions

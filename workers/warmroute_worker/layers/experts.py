@@ -1,6 +1,7 @@
-"""MLPs: an ordinary one, and a choice of experts.
+"""The experts that a rank holds, and what computes them.
 
-`Experts` is the whole interface that grouped kernels would have to offer: rows, whom each goes to, with what weight.
+`Experts` is the whole interface that other grouped kernels would have to offer: rows, ordered by slot, and how many
+each slot has.
 """
 
 from __future__ import annotations
@@ -11,123 +12,92 @@ import torch
 from torch.nn import functional
 
 from warmroute_worker import topology
-from warmroute_worker.layers.linear import Linear, product, silu_and_multiply
+from warmroute_worker.layers.linear import product, silu_and_multiply
 from warmroute_worker.weights.source import Part
 
 if TYPE_CHECKING:
-    from warmroute_worker.comm.tensor_group import TensorGroup
+    from collections.abc import Callable, Sequence
+
+    from warmroute_worker.layers.expert_map import ExpertMap
     from warmroute_worker.model_config import MoeConfig
     from warmroute_worker.weights.source import WeightSource
 
-
-class GatedMlp:
-    """down(silu(gate(x)) * up(x)), of which each rank computes its share of the inner numbers."""
-
-    def __init__(
-        self, source: WeightSource, name: str, hidden: int, intermediate: int, bias: bool, group: TensorGroup
-    ) -> None:
-        own = topology.share(intermediate, group.rank, group.size)
-        inner = [f"{name}.gate_proj", f"{name}.up_proj"]
-        self._gate_up = Linear(source, inner, hidden, [intermediate] * 2, bias, [Part.of_rows(own)] * 2)
-        self._down = Linear(source, [f"{name}.down_proj"], intermediate, [hidden], bias, [Part(columns=own)])
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] -> this rank's part of the sum, [tokens, hidden]"""
-        return self._down(silu_and_multiply(self._gate_up(x)))
+    Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Experts:
-    """Gated MLPs of one size. Each rank has its share of every expert's inner numbers."""
+    """Gated MLPs of one size: whole ones, or of each this rank's share of the inner numbers.
 
-    def __init__(self, source: WeightSource, name: str, hidden: int, config: MoeConfig, group: TensorGroup) -> None:
-        gate, up, down = config.projections
-        size = config.intermediate_size
-        own = topology.share(size, group.rank, group.size)
-
-        def of(expert: int, projection: str, shape: tuple[int, int], part: Part) -> torch.Tensor:
-            return source.tensor(f"{name}.{expert}.{projection}.weight", shape, part=part)
-
-        experts, rows = range(config.num_experts), Part.of_rows(own)
-        self._gate_up = [
-            product(source.packing, torch.cat([of(e, projection, (size, hidden), rows) for projection in (gate, up)]))
-            for e in experts
-        ]
-        self._down = [product(source.packing, of(e, down, (hidden, size), Part(columns=own))) for e in experts]
-
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] rows, [tokens, k] experts and weights -> [tokens, hidden] own part of the weighted sums."""
-        per_token = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        tokens = order // per_token
-        rows = x[tokens]
-        counts = torch.bincount(chosen.flatten(), minlength=len(self._down)).tolist()
-        outputs = torch.empty_like(rows)
-        begin = 0
-        for expert, count in enumerate(counts):
-            if count:
-                own = slice(begin, begin + count)
-                outputs[own] = self._down[expert](silu_and_multiply(self._gate_up[expert](rows[own])))
-                begin += count
-        outputs *= weights.flatten()[order].unsqueeze(1)
-        return torch.zeros_like(x).index_add_(0, tokens, outputs)
-
-
-class MixtureOfExperts:
-    """Each token goes through the experts that the router likes best, and through the shared one.
-
-    Every rank routes every token, to the same experts: what it routes by is the same to the bit.
+    Their weights are two tensors, [slots, 2 * inner, hidden] and [slots, hidden, inner], if all are computed in one
+    product or may be moved; else each expert's are kept in the order in which one product is fastest.
     """
 
-    def __init__(self, source: WeightSource, name: str, hidden: int, config: MoeConfig, group: TensorGroup) -> None:
-        self._config = config
-        # Which experts are chosen must not depend on how numbers are rounded.
-        router_dtype = torch.float32 if config.float32_router else None
-        router = source.tensor(f"{name}.gate.weight", (config.num_experts, hidden), router_dtype)
-        self._logits, self._router_dtype = product(source.packing, router), router.dtype
-        self._score_bias: torch.Tensor | None = None
-        if config.score_bias:
-            bias_name = f"{name}.gate.e_score_correction_bias"
-            self._score_bias = source.tensor(bias_name, (config.num_experts,), torch.float32)
-        self._experts = Experts(source, f"{name}.experts", hidden, config, group)
-        self._shared: GatedMlp | None = None
-        self._shared_gate: Linear | None = None
-        if config.shared_intermediate_size:
-            size = config.shared_intermediate_size
-            self._shared = GatedMlp(source, f"{name}.{config.shared_module}", hidden, size, False, group)
-            if config.shared_gated:
-                self._shared_gate = Linear(source, [f"{name}.{config.shared_module}_gate"], hidden, [1], bias=False)
+    def __init__(self, source: WeightSource, name: str, hidden: int, config: MoeConfig, placed: ExpertMap) -> None:
+        gate, up, down = config.projections
+        size, layout = config.intermediate_size, placed.layout
+        own = topology.share(size, layout.tp_rank, layout.tp_size)
+        self.slots = layout.slots(config.num_experts)
+        """Of all slots, which are this rank's."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] -> this rank's part of the sum, [tokens, hidden]"""
-        weights, chosen = self._route(x)
-        output = self._experts(x, chosen, weights.to(x.dtype))
-        if self._shared is not None:
-            shared = self._shared(x)
-            output += shared if self._shared_gate is None else torch.sigmoid(self._shared_gate(x)) * shared
-        return output
+        def of(slot: int, projection: str, shape: tuple[int, int], part: Part) -> torch.Tensor:
+            return source.tensor(f"{name}.{placed.expert_of[slot]}.{projection}.weight", shape, part=part)
 
-    def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tokens, k] weights in float32, and experts."""
-        config = self._config
-        logits = self._logits(x.to(self._router_dtype))
-        if config.scores == "sigmoid":
-            scores = logits.float().sigmoid()
-        else:
-            scores = functional.softmax(logits, dim=-1, dtype=torch.float32)
-        worth = scores if self._score_bias is None else scores + self._score_bias
-        if config.groups > 1:
-            worth = self._of_the_best_groups(worth)
-        chosen = worth.topk(config.experts_per_token, dim=-1).indices
-        weights = scores.gather(1, chosen)
-        if config.normalised:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights * config.weight_factor, chosen
+        def gate_up(slot: int) -> torch.Tensor:
+            return torch.cat([of(slot, projection, (size, hidden), Part.of_rows(own)) for projection in (gate, up)])
 
-    def _of_the_best_groups(self, worth: torch.Tensor) -> torch.Tensor:
-        """[tokens, experts] -> the same, -inf in the groups that are not chosen."""
-        config = self._config
-        grouped = worth.view(len(worth), config.groups, -1)
-        of_group = grouped.topk(config.best_of_group, dim=-1).values.sum(dim=-1)
-        best = of_group.topk(config.chosen_groups, dim=-1).indices
-        open_groups = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, best, True)
-        return grouped.masked_fill(~open_groups.unsqueeze(-1), -torch.inf).flatten(1)
+        self._grouped = layout.grouped
+        self._products: list[tuple[Product, Product]] = []
+        self.weights: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Of all slots of this rank, if they are kept together."""
+        columns = Part(columns=own)
+        if layout.grouped or layout.movable:
+            ups = torch.stack([gate_up(slot) for slot in self.slots])
+            downs = torch.stack([of(slot, down, (hidden, size), columns) for slot in self.slots])
+            self.weights = ups, downs
+            return
+        for slot in self.slots:
+            last = product(source.packing, of(slot, down, (hidden, size), columns))
+            self._products.append((product(source.packing, gate_up(slot)), last))
+
+    def weighted_sums(self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """[tokens, hidden] rows, [tokens, k] slots (of any rank, or -1) and weights -> [tokens, hidden] sums over what
+        is here, and how many rows were computed for them."""
+        flat = slots.flatten()
+        order = flat.argsort(stable=True)
+        # -1 counts in front of slot 0.
+        counts = torch.bincount(flat + 1, minlength=self.slots.stop + 1).tolist()
+        first = sum(counts[: self.slots.start + 1])
+        own_counts = counts[self.slots.start + 1 : self.slots.stop + 1]
+        number = sum(own_counts)
+        order = order[first : first + number]
+        tokens = order // slots.shape[1]
+        outputs = self._run(x[tokens], own_counts)
+        outputs *= weights.flatten()[order].unsqueeze(1)
+        return torch.zeros_like(x).index_add_(0, tokens, outputs), number
+
+    def _run(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """[rows, hidden], ordered by slot, of which each slot has `counts` -> [rows, hidden]"""
+        if self._grouped and len(rows):
+            return self._run_grouped(rows, counts)
+        outputs = torch.empty_like(rows)
+        begin = 0
+        for slot, count in enumerate(counts):
+            if count:
+                own = slice(begin, begin + count)
+                up, down = self._product(slot)
+                outputs[own] = down(silu_and_multiply(up(rows[own])))
+                begin += count
+        return outputs
+
+    def _product(self, slot: int) -> tuple[Product, Product]:
+        if self.weights is None:
+            return self._products[slot]
+        up, down = self.weights[0][slot], self.weights[1][slot]
+        return lambda x: functional.linear(x, up), lambda x: functional.linear(x, down)
+
+    def _run_grouped(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        assert self.weights is not None
+        up, down = self.weights
+        ends = torch.tensor(counts, device=rows.device).cumsum(0).to(torch.int32)
+        inner = silu_and_multiply(functional.grouped_mm(rows, up.transpose(1, 2), offs=ends))
+        return functional.grouped_mm(inner, down.transpose(1, 2), offs=ends)

@@ -103,7 +103,11 @@ class Embedding:
 
 
 class Head:
-    """Vectors to logits: a row of the matrix per token id, divided among the ranks."""
+    """Vectors to logits: a row of the matrix per token id, divided among the ranks.
+
+    With DP attention either among all ranks of the stage, who then need everybody's vectors, or among those that have
+    the same vectors anyway.
+    """
 
     def __init__(self, source: WeightSource, name: str, rows: int, features: int, group: TensorGroup) -> None:
         own = topology.share(rows, group.rank, group.size)
@@ -119,9 +123,9 @@ class Head:
         head._product = lambda x: functional.linear(x, embedding.weight)
         return head
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
-        """[tokens, features] -> [tokens, rows] at the group's first rank, None elsewhere"""
-        return self._group.join_columns(self._product(x), self._rows)
+    def __call__(self, x: torch.Tensor, wanted: range | None) -> torch.Tensor | None:
+        """[tokens, features] -> [wanted tokens, rows], or None if this rank wants none"""
+        return self._group.join_columns(self._product(x), self._rows, wanted)
 
 
 class RmsNorm:

@@ -10,16 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from warmroute_worker.comm.background import Background
+from warmroute_worker.comm.rank_links import Groups
 from warmroute_worker.comm.tensor_group import Alone
-from warmroute_worker.layers.experts import GatedMlp, MixtureOfExperts
+from warmroute_worker.layers.expert_exchange import Statistics
+from warmroute_worker.layers.expert_map import ExpertLayout
 from warmroute_worker.layers.linear import Embedding, Head, RmsNorm
+from warmroute_worker.layers.mlp import GatedMlp
+from warmroute_worker.layers.moe import ExpertParallel, MixtureOfExperts
 from warmroute_worker.layers.rope import RotaryEmbedding
 from warmroute_worker.models.self_attention import GroupedAttention, LatentAttention
 
 if TYPE_CHECKING:
     import torch
 
-    from warmroute_worker.comm.tensor_group import TensorGroup
+    from warmroute_worker.comm.step_rows import StepRows
     from warmroute_worker.layers.attention import AttentionBatch, PagedAttention
     from warmroute_worker.model_config import ModelConfig
     from warmroute_worker.models.self_attention import CosSin
@@ -35,11 +40,16 @@ class Stage:
     """It turns token ids into vectors."""
     ends: bool
     """It turns vectors into logits."""
-    group: TensorGroup
+    groups: Groups
+    experts: ExpertParallel
+    split_head: bool = True
+    """The head is divided among all ranks of the stage, not only among those that share the attention's heads."""
 
     @classmethod
     def whole(cls, config: ModelConfig) -> Stage:
-        return cls(range(config.num_layers), True, True, Alone())
+        alone = Alone()
+        experts = ExpertParallel(ExpertLayout(), alone, Background(), Statistics())
+        return cls(range(config.num_layers), True, True, Groups(alone, alone, alone), experts)
 
 
 class Decoder:
@@ -47,18 +57,22 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, source: WeightSource, context_length: int, stage: Stage) -> None:
         """Raises ModelError if `source` lacks a tensor or has it in another shape."""
-        hidden, vocab, group = config.hidden_size, config.vocab_size, stage.group
+        hidden, vocab = config.hidden_size, config.vocab_size
+        among = stage.groups.attention
         self._embedding: Embedding | None = None
         self._head: Head | None = None
+        self._head_sees_all = False
         tied = config.tie_word_embeddings
         if stage.embeds or (stage.ends and tied):
-            self._embedding = Embedding(source, "model.embed_tokens", vocab, hidden, group)
-        self._layers = [DecoderLayer(config, source, number, index, group) for index, number in enumerate(stage.layers)]
+            self._embedding = Embedding(source, "model.embed_tokens", vocab, hidden, among)
+        self.layers = [DecoderLayer(config, source, number, index, stage) for index, number in enumerate(stage.layers)]
         if stage.ends:
             self._norm = RmsNorm(source, "model.norm", hidden, config.rms_norm_eps)
             if tied and self._embedding is not None:
-                self._head = Head.tied(self._embedding, vocab, group)
+                self._head = Head.tied(self._embedding, vocab, among)
             else:
+                self._head_sees_all = stage.split_head
+                group = stage.groups.stage if stage.split_head else among
                 self._head = Head(source, "lm_head", vocab, hidden, group)
         self._rope = RotaryEmbedding(config.rope, config.head_dim, context_length, source.dtype, source.device)
 
@@ -67,42 +81,60 @@ class Decoder:
         assert self._embedding is not None
         return self._embedding(token_ids)
 
-    def forward(self, x: torch.Tensor, attention: PagedAttention, batch: AttentionBatch) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, attention: PagedAttention, batch: AttentionBatch, rows: StepRows
+    ) -> torch.Tensor:
         """[tokens, hidden] -> the same, through the layers of this stage."""
         cos_sin = self._rope.at(batch.positions)
-        for layer in self._layers:
-            x = layer(x, cos_sin, self._rope, attention, batch)
+        for layer in self.layers:
+            x = layer(x, cos_sin, self._rope, attention, batch, rows)
         return x
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor | None:
-        """[sampled, hidden] -> [sampled, vocab] float32 at the group's first rank, None at the others; in the last
-        stage only."""
+    def logits(self, x: torch.Tensor, rows: StepRows, *, samples: bool) -> torch.Tensor | None:
+        """[sampled, hidden] -> [sampled, vocab] float32 where tokens are drawn, None elsewhere; in the last stage only.
+        `rows`: of whom there are how many sampled ones."""
         assert self._head is not None
-        logits = self._head(self._norm(x))
+        x = self._norm(x)
+        own = range(len(x))
+        if self._head_sees_all:
+            x, own = rows.all(x), rows.own
+        logits = self._head(x, own if samples else None)
         return None if logits is None else logits.float()
 
 
 class DecoderLayer:
     """x + attention(norm(x)), then x + mlp(norm(x)): each a sum over the ranks, and the only ones there are."""
 
-    def __init__(self, config: ModelConfig, source: WeightSource, number: int, index: int, group: TensorGroup) -> None:
+    def __init__(self, config: ModelConfig, source: WeightSource, number: int, index: int, stage: Stage) -> None:
         """`number`: of the layer in the model; `index`: in this stage."""
         name, hidden, eps = f"model.layers.{number}", config.hidden_size, config.rms_norm_eps
         kind = GroupedAttention if config.mla is None else LatentAttention
-        self._group = group
+        group = stage.groups.stage
+        self._heads = stage.groups.attention
         self._attention_norm = RmsNorm(source, f"{name}.input_layernorm", hidden, eps)
-        self._attention = kind(config, source, f"{name}.self_attn", index, group)
+        self._attention = kind(config, source, f"{name}.self_attn", index, self._heads)
         self._mlp_norm = RmsNorm(source, f"{name}.post_attention_layernorm", hidden, eps)
-        self._mlp: GatedMlp | MixtureOfExperts
+        self.mlp: GatedMlp | MixtureOfExperts
         moe = config.moe
         if moe is None or number in moe.dense_layers:
-            self._mlp = GatedMlp(source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias, group)
+            self.mlp = GatedMlp(source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias, group)
         else:
-            self._mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group)
+            self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts)
+        self._sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends
 
     def __call__(
-        self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
+        self,
+        x: torch.Tensor,
+        cos_sin: CosSin,
+        rope: RotaryEmbedding,
+        attention: PagedAttention,
+        batch: AttentionBatch,
+        rows: StepRows,
     ) -> torch.Tensor:
-        seen = self._group.sum(self._attention(self._attention_norm(x), cos_sin, rope, attention, batch))
-        x += self._group.sum(self._mlp(self._mlp_norm.after_adding(x, seen)))
+        seen = self._heads.sum(self._attention(self._attention_norm(x), cos_sin, rope, attention, batch))
+        inner = self._mlp_norm.after_adding(x, seen)
+        if self._sends:
+            x += rows.joined(self.mlp(rows.single(inner)))
+        else:
+            x += rows.summed(self.mlp(rows.all(inner)))
         return x

@@ -115,7 +115,7 @@ class LatentAttention:
         seen = attention.attend_latent(self._index, queries, rows, mla.latent_rank, self._scale, batch)
         # [heads, tokens, rank] x [heads, rank, value]
         values = torch.bmm(seen.view(len(x), heads, mla.latent_rank).transpose(0, 1), self._to_value)
-        return self._output(values.transpose(0, 1).reshape(len(x), -1))
+        return self._output(values.transpose(0, 1).flatten(1))
 
 
 def _beside(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

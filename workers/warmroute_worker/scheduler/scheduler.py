@@ -148,12 +148,19 @@ class Scheduler:
         self._cache.flush()
         return Reply(flush_id, True, "the cache was flushed")
 
-    def schedule(self) -> StepPlan:
-        """The next step; an empty plan if nothing can run."""
+    @property
+    def has_work_under_way(self) -> bool:
+        """Some plan under way computes something."""
+        return any(self._under_way)
+
+    def schedule(self, *, hold: bool = False) -> StepPlan:
+        """The next step; an empty plan if nothing can run, or with `hold`."""
         self._ratio.stepped()
-        self._grow()
-        self._admit()
-        chunks = self._next_chunks()
+        chunks: list[Chunk] = []
+        if not hold:
+            self._grow()
+            self._admit()
+            chunks = self._next_chunks()
         plan = step_plan(chunks, self._page_updates if chunks else [])
         for request, start, length, _, _ in chunks:
             request.num_computed = start + length
