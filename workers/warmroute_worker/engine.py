@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
-from warmroute_worker import model_config, model_folder
+from warmroute_worker import model_config, model_folder, two_batches
 from warmroute_worker.comm import rank_links
 from warmroute_worker.executor import ranks
 from warmroute_worker.executor.executor import StepOutOfMemoryError
@@ -55,6 +56,7 @@ class Engine:
         )
         self._depth, self._under_way = facts.depth, 0
         self.lock_step = LockStep(executor) if args.layout.dp_attention else None
+        self._cut_from = args.tbo_token_distribution_threshold if args.enable_two_batch_overlap else None
         self._failures = 0
         """Steps in a row that ran out of memory."""
         self.is_paused = False
@@ -90,6 +92,8 @@ class Engine:
         """
         while self._under_way < self._depth:
             plan = self.scheduler.schedule(hold=self.is_paused)
+            if self._cut_from is not None:
+                plan = dataclasses.replace(plan, first_half=two_batches.first_half(plan, self._cut_from))
             if self.lock_step is not None:
                 plan = self.lock_step.joined(plan, self._under_way)
             if plan.is_idle and self._under_way:

@@ -236,6 +236,12 @@ class _RankCollector:
             for rank, own in zip(ranks, values, strict=True):
                 counter.add_metric(own, rank[key] * factor)
             yield counter
+        if any(rank["balancedness_ppm"] for rank in ranks):
+            text = "Mean over maximum of the rows that ranks' experts computed, between the last two looks"
+            gauge = GaugeMetricFamily("sglang:eplb_balancedness", text, labels=names)
+            for rank, own in zip(ranks, values, strict=True):
+                gauge.add_metric(own, rank["balancedness_ppm"] / 1e6)
+            yield gauge
         if (bubble := bubble_ratio(ranks)) is not None:
             gauge = GaugeMetricFamily("warmroute_worker_pp_bubble_ratio", "Idle share of pipeline stages", labels=names)
             gauge.add_metric(values[0], bubble)

@@ -5,7 +5,7 @@ A plan is columns of numbers and nothing else, so that it can be sent to executo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,8 @@ class Record(NamedTuple):
     sampled: int
     """Sequences that get a token."""
     mode: int
+    first_half: int = 0
+    """Tokens of the first of two halves in which it could be computed; 0: in one piece only."""
 
     def encode(self) -> bytes:
         return np.array([*self, *[0] * (RECORD_NUMBERS - len(self))], np.int64).tobytes()
@@ -91,6 +93,8 @@ class StepPlan:
     sampling: SamplingColumns
     page_updates: Int32s
     """[n, 3]: row, index, page; to be written into the page table in this order, before the step."""
+    first_half: int = 0
+    """See `Record`."""
     everybody: Int64s = field(default_factory=lambda: np.empty((0, RECORD_NUMBERS), np.int64))
     """[data-parallel ranks, 8]: what each of them does in this step (`Record`), if they go in step."""
 
@@ -102,7 +106,7 @@ class StepPlan:
         """What other data-parallel ranks must know of this step."""
         tokens = len(self.token_ids)
         mode = PREFILL if (self.lengths > 1).any() else DECODE if tokens else IDLE
-        return Record(tokens, int(self.sampled.sum()), mode)
+        return Record(tokens, int(self.sampled.sum()), mode, self.first_half)
 
     @property
     def records(self) -> list[Record]:
@@ -115,6 +119,38 @@ class StepPlan:
     def is_idle(self) -> bool:
         """Nobody has anything to compute."""
         return not any(record.tokens for record in self.records)
+
+    @property
+    def halves(self) -> list[tuple[int, int]] | None:
+        """Tokens of both halves, by data-parallel rank, if all that have any can be cut in two; else None."""
+        records = self.records
+        if not any(record.first_half for record in records):
+            return None
+        if any(record.tokens and not record.first_half for record in records):
+            return None
+        return [(record.first_half, record.tokens - record.first_half) for record in records]
+
+    def cut(self) -> tuple[StepPlan, StepPlan]:
+        """The two halves. They have the tokens; what is drawn at the end stays with the whole."""
+        ends = np.cumsum(self.lengths)
+        begins = ends - self.lengths
+        parts = []
+        for low, high in ((0, self.first_half), (self.first_half, len(self.token_ids))):
+            inside = (ends > low) & (begins < high)
+            first = np.maximum(begins[inside], low)
+            lengths = np.minimum(ends[inside], high) - first
+            parts.append(
+                replace(
+                    self,
+                    rows=self.rows[inside],
+                    starts=(self.starts[inside] + first - begins[inside]).astype(np.int32),
+                    lengths=lengths.astype(np.int32),
+                    token_ids=self.token_ids[low:high],
+                    sampled=np.zeros(int(inside.sum()), np.bool_),
+                    page_updates=self.page_updates if low == 0 else self.page_updates[:0],
+                )
+            )
+        return parts[0], parts[1]
 
     def encode(self) -> bytes:
         """How the driver sends a plan to the other ranks; `decode` is the other end."""
@@ -139,11 +175,13 @@ class StepPlan:
         }
         sampling = SamplingColumns(**{name: columns.pop(name) for name in _SAMPLING}, **changes)
         columns["page_updates"] = columns["page_updates"].reshape(-1, 3)
+        columns["first_half"] = int(columns["first_half"][0])
         columns["everybody"] = columns["everybody"].reshape(-1, RECORD_NUMBERS)
         return cls(**columns, sampling=sampling)
 
     def _columns(self) -> dict[str, npt.NDArray[Any]]:
         columns: dict[str, npt.NDArray[Any]] = vars(self) | vars(self.sampling)
+        columns["first_half"] = np.array([self.first_half], np.int64)
         for kind in ("scaled", "added"):
             changes = columns[kind]
             columns |= {f"{kind}_{part}": getattr(changes, part) for part in ("rows", "ids", "values")}
@@ -159,6 +197,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "added_rows": np.int64,
     "added_ids": np.int64,
     "everybody": np.int64,
+    "first_half": np.int64,
     "rows": np.int32,
     "starts": np.int32,
     "lengths": np.int32,

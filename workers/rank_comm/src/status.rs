@@ -77,11 +77,13 @@ pub enum Counter {
     OverlapNs,
     /// Experts whose weights it took over.
     MovedExperts,
+    /// How evenly the rows of experts were spread over ranks when it was looked at last: mean over maximum, in millionths.
+    BalancednessPpm,
 }
 
 impl Counter {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Pid,
         Self::Heartbeat,
         Self::Steps,
@@ -99,6 +101,7 @@ impl Counter {
         Self::ExpertRows,
         Self::OverlapNs,
         Self::MovedExperts,
+        Self::BalancednessPpm,
     ];
 
     /// As metrics spell it.
@@ -122,6 +125,7 @@ impl Counter {
             Self::ExpertRows => "expert_rows",
             Self::OverlapNs => "overlap_ns",
             Self::MovedExperts => "moved_experts",
+            Self::BalancednessPpm => "balancedness_ppm",
         }
     }
 }
@@ -146,9 +150,9 @@ impl RankStatus<'_> {
         self.0[counter as usize].store(value, Ordering::Relaxed);
     }
 
-    /// By its owner only: one writer, so a load and a store are enough.
+    /// By its owner only, which may have a thread for collectives besides its own.
     pub fn add(&self, counter: Counter, value: u64) {
-        self.set(counter, self.get(counter).wrapping_add(value));
+        self.0[counter as usize].fetch_add(value, Ordering::Relaxed);
     }
 
     /// How often `op` was done, and how many bytes were given to it: of an all-reduce, the size of the vector.
@@ -160,8 +164,7 @@ impl RankStatus<'_> {
 
     pub(crate) fn count_op(&self, op: Op, bytes: u64) {
         let at = FIRST_OP + 2 * op as usize;
-        let (calls, total) = self.op(op);
-        self.0[at].store(calls + 1, Ordering::Relaxed);
-        self.0[at + 1].store(total + bytes, Ordering::Relaxed);
+        self.0[at].fetch_add(1, Ordering::Relaxed);
+        self.0[at + 1].fetch_add(bytes, Ordering::Relaxed);
     }
 }

@@ -16,12 +16,13 @@ from warmroute_worker.args import GROUPED_RUNNERS
 from warmroute_worker.comm.background import Background
 from warmroute_worker.comm.step_rows import StepRows
 from warmroute_worker.executor import memory
+from warmroute_worker.executor.expert_balancing import ExpertBalancer
 from warmroute_worker.kv.pool import KvPool, page_bytes
 from warmroute_worker.layers import native
 from warmroute_worker.layers.attention import PagedAttention, rounded_up
 from warmroute_worker.layers.expert_exchange import Statistics
 from warmroute_worker.layers.expert_map import ExpertLayout
-from warmroute_worker.layers.moe import ExpertParallel
+from warmroute_worker.layers.moe import ExpertParallel, MixtureOfExperts
 from warmroute_worker.model_config import ModelError
 from warmroute_worker.models import registry
 from warmroute_worker.models.decoder import Stage
@@ -93,6 +94,10 @@ class ModelRunner:
         with torch.inference_mode():
             self.model = _load(folder, config, args, sizes, self.stage)
             self.pool = KvPool(layers, sizes.num_pages, args.page_size, kv_shape, sizes.dtype, sizes.device)
+        experts = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        self._balancer = ExpertBalancer(experts, links.groups.stage, args) if args.enable_eplb and experts else None
+        for layer in experts:
+            layer.in_halves = args.enable_two_batch_overlap
         self._token_bytes = sizes.page_bytes // args.page_size
         self._stored_tokens = 0
         rounded = ROWS_TOGETHER if args.enable_deterministic_inference else 1
@@ -122,15 +127,21 @@ class ModelRunner:
         wanted_threads = self._threads if len(plan.token_ids) > self._single_thread_tokens else 1
         if wanted_threads != torch.get_num_threads():
             torch.set_num_threads(wanted_threads)
-        records = plan.records
-        batch = self.attention.begin(plan)
-        token_ids = rounded_up(plan.token_ids, self._rounded)
+        records, halves = plan.records, plan.halves
+        parts = [plan] if halves is None else plan.cut()
+        batches = [self.attention.begin(part) for part in parts]
+        token_ids = np.concatenate([rounded_up(part.token_ids, self._rounded) for part in parts])
         if before is None:
             x = self.model.embed(torch.from_numpy(token_ids).to(self._device))
         else:
             x = torch.empty((len(token_ids), self._hidden), dtype=self._dtype, device=self._device)
             before(x)
-        x = self.model.forward(x, self.attention, batch, self._rows([record.tokens for record in records]))
+        if halves is None:
+            x = self.model.forward(x, self.attention, batches[0], self._rows([record.tokens for record in records]))
+        else:
+            counts = ([first for first, _ in halves], [second for _, second in halves])
+            both = [(batch, self._rows(of_half)) for batch, of_half in zip(batches, counts, strict=True)]
+            x = self.model.forward_halves(x, self.attention, both)
         self._stored_tokens += len(plan.token_ids)
         sampled = [record.sampled for record in records]
         if not self.stage.ends:
@@ -138,9 +149,17 @@ class ModelRunner:
         if not any(sampled):
             return None
         wanted = np.cumsum(plan.lengths, dtype=np.int64)[plan.sampled] - 1
+        if halves is not None:
+            # The first half is filled up, too.
+            wanted[wanted >= plan.first_half] += len(batches[0].positions) - plan.first_half
         x = x[torch.from_numpy(rounded_up(wanted, self._rounded)).to(self._device)]
         logits = self.model.logits(x, self._rows(sampled), samples=self.place.samples)
         return None if logits is None else logits[: len(wanted)]
+
+    def stepped(self) -> None:
+        """After every step; moves experts if it is time."""
+        if self._balancer is not None:
+            self._balancer.stepped()
 
     def counts(self) -> dict[str, int]:
         """What this rank did since the start, for `/debug/ranks`."""
@@ -149,6 +168,8 @@ class ModelRunner:
             "stored_bytes": self._stored_tokens * self._token_bytes,
             "sent_rows": statistics.sent_rows,
             "expert_rows": statistics.expert_rows,
+            "overlap_ns": statistics.overlap_ns,
+            **({} if self._balancer is None else self._balancer.counts()),
         }
 
     def _rows(self, counts: list[int]) -> StepRows:
@@ -167,6 +188,9 @@ def expert_parallel(args: WorkerArgs, links: RankLinks) -> ExpertParallel:
         tp_size=place.layout.expert_tp_size,
         sent=sends,
         row_per_expert=args.ep_rows == "expert",
+        redundant=args.ep_num_redundant_experts,
+        movable=args.enable_eplb,
+        by_token=args.ep_dispatch_algorithm == "dynamic",
         grouped=args.moe_runner_backend in GROUPED_RUNNERS,
     )
     return ExpertParallel(layout, links.groups.experts, Background(), Statistics())

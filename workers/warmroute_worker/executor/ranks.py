@@ -89,7 +89,10 @@ class Rank:
             links.hand_on(result)
         # Of an idle plan nobody expects tokens.
         drawn = self._draw(plan, result) if self.place.samples and mode else None
-        links.stepped(time.perf_counter_ns() - begin - (links.comm_ns - waited), _MODES[mode])
+        self.runner.stepped()
+        # Collectives in the background may take longer than what they overlap with.
+        busy = time.perf_counter_ns() - begin - (links.comm_ns - waited)
+        links.stepped(max(busy, 0), _MODES[mode])
         links.say(**self.runner.counts())
         return drawn
 

@@ -24,6 +24,8 @@ class Statistics:
     """Rows on their way to experts, those that stay on the rank too."""
     expert_rows: int = 0
     """Rows computed by the rank's own experts."""
+    overlap_ns: int = 0
+    """How long rows were on their way while the other half of a step was computed."""
 
 
 class ExpertExchange:

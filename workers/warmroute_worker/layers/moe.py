@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from warmroute_worker.layers.expert_map import ExpertLayout
     from warmroute_worker.model_config import MoeConfig
     from warmroute_worker.weights.source import WeightSource
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,13 @@ class MixtureOfExperts:
         self.sends = layout.sent
         self._background, self.statistics = parallel.background, parallel.statistics
         self._per_row = layout.row_per_expert
+        self.in_halves = False
+        """Another half of the step is computed while rows are on their way."""
         self._router = Router(source, f"{name}.gate", hidden, config)
         self.map = ExpertMap(config.num_experts, layout, source.device)
-        self.routed: torch.Tensor | None = None
-        """[experts] how many rows each was chosen for, if somebody counts."""
+        self._routed: torch.Tensor | None = None
+        self.computed_rows = 0
+        """By this rank's experts, since the start."""
         self.experts = Experts(source, f"{name}.experts", hidden, config, self.map)
         self._exchange = ExpertExchange(parallel.group, self.map)
         # With rows that are sent, each rank has its own ones for the shared expert, too, and so all of it.
@@ -90,6 +96,19 @@ class MixtureOfExperts:
             if config.shared_gated:
                 self._shared_gate = Linear(source, [f"{name}.{config.shared_module}_gate"], hidden, [1], bias=False)
 
+    def count_routed(self) -> None:
+        """From now on, count for how many rows each expert is chosen."""
+        if self._routed is None:
+            self._routed = torch.zeros(self.map.num_experts, dtype=torch.int64, device=self.map.owners.device)
+
+    def take_routed(self, *, keep: bool = False) -> torch.Tensor:
+        """[experts] how many rows each was chosen for, since the last time; of rows that this rank saw."""
+        assert self._routed is not None
+        taken = self._routed.clone()
+        if not keep:
+            self._routed.zero_()
+        return taken
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> the same; see the class."""
         if self.sends:
@@ -99,8 +118,7 @@ class MixtureOfExperts:
             output = self.received(self.compute(sent))
             return output if shared is None else output.add_(shared)
         weights, slots = self._route(x)
-        output, rows = self.experts.weighted_sums(x, slots, weights.to(x.dtype))
-        self.statistics.expert_rows += rows
+        output = self._weighted_sums(x, slots, weights)
         shared = self.shared(x)
         return output if shared is None else output.add_(shared)
 
@@ -128,17 +146,16 @@ class MixtureOfExperts:
 
     def compute(self, sent: Sent) -> Returning:
         """Let this rank's experts do their part, and send back what came of it."""
-        counts, data = sent.arriving.result()
+        counts, data = self._waited(sent.arriving)
         per_row = 1 if self._per_row else sent.weights.shape[1]
         x, slots, weights = self._exchange.unpacked(data, sent.x, per_row)
-        results, computed = self.experts.weighted_sums(x, slots, weights.to(x.dtype))
-        self.statistics.expert_rows += computed
+        results = self._weighted_sums(x, slots, weights)
         exchange = self._exchange
         return Returning(sent, self._background.submit(lambda: exchange.send_back(results, counts), "combine"))
 
     def received(self, returning: Returning) -> torch.Tensor:
         """[tokens, hidden]: the sums over all experts of each."""
-        sent, results = returning.sent, returning.results.result()
+        sent, results = returning.sent, self._waited(returning.results)
         if not self._per_row:
             return torch.zeros_like(sent.x).index_add_(0, sent.rows, results)
         by_expert = torch.empty((sent.weights.numel(), sent.x.shape[1]), dtype=results.dtype, device=results.device)
@@ -146,9 +163,21 @@ class MixtureOfExperts:
         weighted = by_expert.view(*sent.weights.shape, by_expert.shape[1]) * sent.weights.to(results.dtype).unsqueeze(2)
         return weighted.sum(dim=1)
 
+    def _waited(self, pending: Pending[T]) -> T:
+        result = pending.result()
+        if self.in_halves:
+            self.statistics.overlap_ns += pending.overlap_ns
+        return result
+
+    def _weighted_sums(self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        output, rows = self.experts.weighted_sums(x, slots, weights.to(x.dtype))
+        self.computed_rows += rows
+        self.statistics.expert_rows += rows
+        return output
+
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, k] weights in float32, and slots."""
         weights, chosen = self._router(x)
-        if self.routed is not None:
-            self.routed += torch.bincount(chosen.flatten(), minlength=len(self.routed))
+        if self._routed is not None:
+            self._routed += torch.bincount(chosen.flatten(), minlength=len(self._routed))
         return weights, self.map.slots_for(chosen)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from warmroute_worker.comm.background import Background
 from warmroute_worker.comm.rank_links import Groups
 from warmroute_worker.comm.tensor_group import Alone
@@ -19,10 +21,11 @@ from warmroute_worker.layers.linear import Embedding, Head, RmsNorm
 from warmroute_worker.layers.mlp import GatedMlp
 from warmroute_worker.layers.moe import ExpertParallel, MixtureOfExperts
 from warmroute_worker.layers.rope import RotaryEmbedding
+from warmroute_worker.models.halves import Half, forward
 from warmroute_worker.models.self_attention import GroupedAttention, LatentAttention
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
 
     from warmroute_worker.comm.step_rows import StepRows
     from warmroute_worker.layers.attention import AttentionBatch, PagedAttention
@@ -90,6 +93,17 @@ class Decoder:
             x = layer(x, cos_sin, self._rope, attention, batch, rows)
         return x
 
+    def forward_halves(
+        self, x: torch.Tensor, attention: PagedAttention, halves: Sequence[tuple[AttentionBatch, StepRows]]
+    ) -> torch.Tensor:
+        """The same, of a step in two halves."""
+        sizes = [len(batch.positions) for batch, _ in halves]
+        first, second = (
+            Half(part, self._rope.at(batch.positions), batch, rows)
+            for part, (batch, rows) in zip(torch.split(x, sizes), halves, strict=True)
+        )
+        return forward(self.layers, (first, second), self._rope, attention)
+
     def logits(self, x: torch.Tensor, rows: StepRows, *, samples: bool) -> torch.Tensor | None:
         """[sampled, hidden] -> [sampled, vocab] float32 where tokens are drawn, None elsewhere; in the last stage only.
         `rows`: of whom there are how many sampled ones."""
@@ -120,7 +134,7 @@ class DecoderLayer:
             self.mlp = GatedMlp(source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias, group)
         else:
             self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts)
-        self._sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends
+        self.sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends
 
     def __call__(
         self,
@@ -131,10 +145,16 @@ class DecoderLayer:
         batch: AttentionBatch,
         rows: StepRows,
     ) -> torch.Tensor:
-        seen = self._heads.sum(self._attention(self._attention_norm(x), cos_sin, rope, attention, batch))
-        inner = self._mlp_norm.after_adding(x, seen)
-        if self._sends:
+        inner = self.attend(x, cos_sin, rope, attention, batch)
+        if self.sends:
             x += rows.joined(self.mlp(rows.single(inner)))
         else:
             x += rows.summed(self.mlp(rows.all(inner)))
         return x
+
+    def attend(
+        self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
+    ) -> torch.Tensor:
+        """Add to `x` what attention makes of it; the norm of that, for the MLP."""
+        seen = self._heads.sum(self._attention(self._attention_norm(x), cos_sin, rope, attention, batch))
+        return self._mlp_norm.after_adding(x, seen)
