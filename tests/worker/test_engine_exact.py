@@ -320,10 +320,10 @@ def _no_final_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _swapped_gate_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from warmroute_worker.layers import experts, linear
+    from warmroute_worker.layers import linear, mlp
 
     real = linear.silu_and_multiply
-    monkeypatch.setattr(experts, "silu_and_multiply", lambda x: real(torch.cat(x.chunk(2, -1)[::-1], -1)))
+    monkeypatch.setattr(mlp, "silu_and_multiply", lambda x: real(torch.cat(x.chunk(2, -1)[::-1], -1)))
 
 
 def _wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:

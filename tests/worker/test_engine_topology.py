@@ -11,22 +11,55 @@ from warmroute_worker.step_plan import LogitChanges, SamplingColumns, StepPlan
 from warmroute_worker.topology import Layout, kv_heads, share
 from warmroute_worker.watchdog import Watchdog
 
-layouts = st.builds(Layout, tp_size=st.integers(1, 8), pp_size=st.integers(1, 8))
+SIZES = (1, 2, 3, 4, 8)
+
+
+def _layout(pp: int, dp: int, attention_tp: int, dp_attention: bool, parts: int) -> Layout:
+    tp = attention_tp * dp if dp_attention else attention_tp
+    ep = [size for size in range(1, tp + 1) if tp % size == 0][parts % 3 - 1]
+    return Layout(tp, pp, dp, dp_attention and dp > 1, ep)
+
+
+layouts = st.builds(
+    _layout,
+    st.sampled_from(SIZES),
+    st.sampled_from(SIZES),
+    st.sampled_from((1, 2, 4)),
+    st.booleans(),
+    st.integers(0, 2),
+)
 
 
 @given(layouts)
 def test_each_rank_is_in_one_group_of_each_kind(layout: Layout) -> None:
     groups = layout.groups()
-    assert len({name for name, *_ in groups}) == len(groups)
-    tensor_groups = [members for name, members, *_ in groups if name.startswith("tp of")]
-    assert sorted(rank for members in tensor_groups for rank in members) == list(range(layout.world_size))
-    for rank in range(layout.world_size):
+    names = [name for name, *_ in groups]
+    assert len(set(names)) == len(groups)
+    everybody = list(range(layout.world_size))
+    for kind, size in (
+        ("plans of", layout.world_size // layout.dp_size),
+        ("tp of", layout.tp_size),
+        ("experts of", layout.tp_size if layout.ep_size > 1 else 1),
+        ("attention of", layout.attention_tp_size if layout.dp_attention else 1),
+    ):
+        members = [ranks for name, ranks, *_ in groups if name.startswith(kind)]
+        assert sorted(rank for ranks in members for rank in ranks) == (everybody if size > 1 else [])
+        assert all(len(ranks) == size for ranks in members)
+    for rank in everybody:
         place = layout.place(rank)
-        assert rank == place.pp_rank * layout.tp_size + place.tp_rank
-        assert rank in tensor_groups[place.pp_rank]
-        neighbours = [members for name, members, *_ in groups if " to " in name and rank in members]
+        assert rank == (place.replica * layout.pp_size + place.pp_rank) * layout.tp_size + place.tp_rank
+        assert rank in layout.stage(place.replica, place.pp_rank)
+        assert place.tp_rank == place.ep_rank * layout.expert_tp_size + place.expert_tp_rank
+        if layout.dp_attention:
+            assert place.tp_rank == place.dp_rank * layout.attention_tp_size + place.attention_tp_rank
+        else:
+            assert place.dp_rank == place.replica
+        neighbours = [members for name, members, *_ in groups if name.startswith("from") and rank in members]
         assert len(neighbours) == (not place.is_first_stage) + (not place.is_last_stage)
         assert all(abs(a - b) == layout.tp_size for a, b in neighbours)
+    drivers = [place.rank for place in layout.places() if place.is_driver]
+    assert tuple(drivers) == layout.drivers()
+    assert len([place for place in layout.places() if place.samples]) == layout.dp_size
     with pytest.raises(ValueError, match="there is no rank"):
         layout.place(layout.world_size)
 

@@ -39,6 +39,7 @@ async def test_text(app: RunningApp) -> None:
         "prompt_tokens": 7,
         "completion_tokens": 8,
         "cached_tokens": 0,
+        "dp_rank": 0,
         "weight_version": "default",
     }
     assert response.headers["x-prompt-tokens"] == "7"

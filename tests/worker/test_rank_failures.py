@@ -177,7 +177,10 @@ def test_what_the_ranks_say_of_themselves() -> None:
         assert first["steps"] == second["steps"] >= 20
         assert sum(rank["weight_bytes"] for rank in (first, second)) == info["effective"]["weight_bytes"]
         text = httpx.get(url + "/metrics").text
-        assert 'warmroute_worker_comm_bytes_total{engine_type="unified",model_name="demo",op="all_reduce"' in text
+        assert (
+            'warmroute_worker_comm_bytes_total{dp_rank="0",engine_type="unified",model_name="demo",moe_ep_rank="0",op='
+            in text
+        )
         assert 'tp_rank="1"' in text
 
 

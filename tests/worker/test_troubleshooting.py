@@ -57,7 +57,7 @@ def _peers(folder: Path, _: pytest.LogCaptureFixture) -> str:
     layout = topology.Layout(tp_size=2)
     region = Region(Region.memory_file(2, layout.groups()), 2, layout.groups())
     links = RankLinks(layout.place(0), region, 5.0, 2)
-    links._plans = _Deaf()  # type: ignore[assignment]
+    links._all = _Deaf()  # type: ignore[assignment]
     with pytest.raises(CollectiveError) as error:
         links.measure_reach()
     return str(error.value)

@@ -107,6 +107,10 @@ class DataParallelController:
         """Begins a trace, or ends it; see `messages.Profile`. Raises ConnectionError."""
         return await self._all(lambda client: client.profile(folder))
 
+    async def count_experts(self, order: str) -> messages.Reply:
+        """See `messages.CountExperts`. Raises ConnectionError."""
+        return await self._all(lambda client: client.count_experts(order))
+
     def shut_down(self) -> None:
         """Tells the drivers to end; nothing may be submitted afterwards."""
         for client in self.clients:

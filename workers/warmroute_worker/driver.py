@@ -12,6 +12,7 @@ from warmroute_worker.executor.ranks import failure
 from warmroute_worker.messages import (
     Abort,
     Continue,
+    CountExperts,
     Failed,
     Flush,
     FrameReader,
@@ -145,6 +146,8 @@ def _deliver(message: Message, engine: Engine, link: Link) -> None:
             link.send(Reply(message.id, True, "going on"))
         case Profile():
             link.send(Reply(message.id, *engine.profile(message.folder)))
+        case CountExperts():
+            link.send(Reply(message.id, *engine.count_experts(message.order)))
         case Wake():
             assert engine.lock_step is not None
             engine.lock_step.wake(message.round)

@@ -123,6 +123,10 @@ class Engine:
         """Begin a trace on every rank, or end it; whether that could be done, and a line for the user."""
         return self.executor.profile(folder)
 
+    def count_experts(self, order: str) -> tuple[bool, str]:
+        """`start experts`, `stop experts` or `dump experts:FOLDER`; as `profile`."""
+        return self.executor.order(order)
+
     def _collect(self) -> StepOutput:
         drawn = self.executor.collect()
         self._under_way -= 1

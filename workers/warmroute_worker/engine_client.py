@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from warmroute_worker.request_state import RequestState
 
 
-_Question = messages.Flush | messages.Pause | messages.Continue | messages.Profile
+_Question = messages.Flush | messages.Pause | messages.Continue | messages.Profile | messages.CountExperts
 
 
 class Phase(enum.Enum):
@@ -115,6 +115,10 @@ class EngineClient(asyncio.Protocol):
     async def profile(self, folder: str | None) -> messages.Reply:
         """Begins a trace, or ends it; see `messages.Profile`. Raises ConnectionError."""
         return await self._ask(lambda number: messages.Profile(number, folder))
+
+    async def count_experts(self, order: str) -> messages.Reply:
+        """See `messages.CountExperts`. Raises ConnectionError."""
+        return await self._ask(lambda number: messages.CountExperts(number, order))
 
     async def _ask(self, question: Callable[[int], _Question]) -> messages.Reply:
         self._asked += 1

@@ -101,6 +101,15 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
+class CountExperts:
+    """`start experts`: every rank counts for how many rows each expert is chosen; `stop experts`; `dump experts:FOLDER`
+    writes the counts down. Answered by `Reply`."""
+
+    id: int
+    order: str
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """Of data-parallel ranks that go in step: one has work and waits for the others in that round. From a driver to the
     HTTP process, and from there to all other drivers. Not answered."""
@@ -225,6 +234,7 @@ Message = (
     | Pause
     | Continue
     | Profile
+    | CountExperts
     | Wake
     | Shutdown
     | Ready

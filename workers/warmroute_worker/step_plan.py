@@ -6,6 +6,7 @@ A plan is columns of numbers and nothing else, so that it can be sent to executo
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,14 +102,14 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @cached_property
     def record(self) -> Record:
         """What other data-parallel ranks must know of this step."""
         tokens = len(self.token_ids)
         mode = PREFILL if (self.lengths > 1).any() else DECODE if tokens else IDLE
         return Record(tokens, int(self.sampled.sum()), mode, self.first_half)
 
-    @property
+    @cached_property
     def records(self) -> list[Record]:
         """Of all data-parallel ranks that go in step; else of this one."""
         if not len(self.everybody):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,14 +26,17 @@ class Pending(Generic[T]):
         self._result: T | None = None
         self._error: BaseException | None = None
         self.began_ns = self.ended_ns = self.waited_ns = 0
+        self.began_at = 0
+        """Nanoseconds since 1970, for traces."""
 
     def do(self) -> None:
         """On the thread that does them."""
-        self.began_ns = time.perf_counter_ns()
+        self.began_at, self.began_ns = time.time_ns(), time.perf_counter_ns()
         try:
             self._result = self._work()
         except BaseException as error:
             self._error = error
+        del self._work
         self.ended_ns = time.perf_counter_ns()
         self._done.set()
 
@@ -58,6 +61,8 @@ class Background:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Pending[object]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self.log: list[Pending[object]] | None = None
+        """What was submitted, while somebody wants to know."""
 
     def submit(self, work: Callable[[], T], name: str) -> Pending[T]:
         if self._thread is None:
@@ -65,7 +70,10 @@ class Background:
             self._thread = threading.Thread(target=self._run, name="collectives", daemon=True)
             self._thread.start()
         pending = Pending(work, name)
-        self._queue.put(pending)  # type: ignore[arg-type]  # the queue does not care
+        anything: Any = pending
+        self._queue.put(anything)
+        if self.log is not None:
+            self.log.append(anything)
         return pending
 
     def _run(self) -> None:

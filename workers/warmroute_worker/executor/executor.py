@@ -61,6 +61,11 @@ class Executor(Protocol):
         """Begin a trace of every rank into `folder`, or with None end it; whether it could, and a line for the user."""
         ...
 
+    def order(self, text: str) -> tuple[bool, str]:
+        """Let every rank `start experts`, `stop experts` or `dump experts:FOLDER` (count for how many rows each is
+        chosen, and write that down); whether it could, and a line for the user."""
+        ...
+
     def close(self) -> None:
         """No plan will follow."""
         ...

@@ -94,9 +94,10 @@ class ModelRunner:
         with torch.inference_mode():
             self.model = _load(folder, config, args, sizes, self.stage)
             self.pool = KvPool(layers, sizes.num_pages, args.page_size, kv_shape, sizes.dtype, sizes.device)
-        experts = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
-        self._balancer = ExpertBalancer(experts, links.groups.stage, args) if args.enable_eplb and experts else None
-        for layer in experts:
+        self._moe = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        balances = args.enable_eplb and bool(self._moe)
+        self._balancer = ExpertBalancer(self._moe, links.groups.stage, args) if balances else None
+        for layer in self._moe:
             layer.in_halves = args.enable_two_batch_overlap
         self._token_bytes = sizes.page_bytes // args.page_size
         self._stored_tokens = 0
@@ -160,6 +161,24 @@ class ModelRunner:
         """After every step; moves experts if it is time."""
         if self._balancer is not None:
             self._balancer.stepped()
+
+    def expert_counts(self, order: str) -> list[dict[str, object]]:
+        """`start experts`, `stop experts`, or what was counted since, by layer. Raises ValueError if nothing is."""
+        if not self._moe:
+            raise ValueError("the model has no experts here")
+        if order == "start experts":
+            for layer in self._moe:
+                layer.count_routed()
+        if any(layer.routed is None for layer in self._moe):
+            raise ValueError("nothing is counted: POST /start_expert_distribution_record comes first")
+        found: list[dict[str, object]] = [
+            {"layer": n, "rows_by_expert": layer.take_routed(keep=True).tolist(), "expert_of_slot": layer.map.expert_of}
+            for n, layer in enumerate(self._moe)
+        ]
+        if order == "stop experts" and self._balancer is None:
+            for layer in self._moe:
+                layer.routed = None
+        return found
 
     def counts(self) -> dict[str, int]:
         """What this rank did since the start, for `/debug/ranks`."""

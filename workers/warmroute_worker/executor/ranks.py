@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import time
 from collections import deque
@@ -19,6 +20,7 @@ import torch
 
 from warmroute_worker.executor import model_runner, sampler
 from warmroute_worker.executor.executor import ExecutorFacts, StepOutOfMemoryError
+from warmroute_worker.executor.trace import Trace
 from warmroute_worker.messages import TokenLogprobs
 from warmroute_worker.startup_error import StartupError
 from warmroute_worker.step_plan import StepPlan
@@ -34,7 +36,6 @@ NO_PLAN = b""
 
 ORDER = b"order:"
 """What is no plan begins so. A plan begins with a count of tokens, which is far below these letters as a number."""
-START_TRACE, STOP_TRACE = ORDER + b"start trace:", ORDER + b"stop trace"
 
 
 _MODES = ("idle", "decode", "prefill")
@@ -50,8 +51,8 @@ class Rank:
         began = time.perf_counter()
         self.place, self._links = links.place, links
         self._steps = 0
-        self.trace: tuple[torch.profiler.profile, Path] | None = None
-        """While one is being made, and where it goes."""
+        self.trace: Trace | None = None
+        """While one is being made."""
         parallel = model_runner.expert_parallel(args, links)
         sizes = model_runner.measure(config, args, links, parallel)
         # The least of all, so that a page number means the same everywhere.
@@ -97,21 +98,23 @@ class Rank:
         return drawn
 
     def obey(self, order: bytes) -> str:
-        """Begin or end a trace; a line for the user. Raises OSError."""
-        if self.trace is None:
-            folder = Path(order.removeprefix(START_TRACE).decode())
+        """What is no step: begin or end a trace, count experts. A line for the user. Raises OSError, ValueError."""
+        verb, _, value = order.removeprefix(ORDER).decode().partition(":")
+        name = f"rank{self.place.rank}-{os.getpid()}"
+        if verb == "start trace":
+            self.trace = Trace(Path(value), self.facts.device, self.runner.stage.experts.background)
+            return f"tracing every rank into {value}"
+        if verb == "stop trace":
+            assert self.trace is not None
+            trace, self.trace = self.trace, None
+            return f"written: {trace.write(name)}"
+        counts = self.runner.expert_counts(verb)
+        if verb == "dump experts":
+            folder = Path(value)
             folder.mkdir(parents=True, exist_ok=True)
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if self.facts.device == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self.trace = torch.profiler.profile(activities=activities), folder
-            self.trace[0].start()
-            return f"tracing every rank into {folder}"
-        (trace, folder), self.trace = self.trace, None
-        trace.stop()
-        path = folder / f"rank{self.place.rank}-{os.getpid()}.trace.json"
-        trace.export_chrome_trace(str(path))
-        return f"written: {path}"
+            (folder / f"experts-{name}.json").write_text(json.dumps(counts))
+            return f"written: {folder}/experts-rank*.json"
+        return f"{verb}: done"
 
     def _draw(self, plan: StepPlan, logits: torch.Tensor | None) -> Drawn:
         if logits is None:
@@ -152,12 +155,15 @@ class RankExecutor:
     def profile(self, folder: str | None) -> tuple[bool, str]:
         if (folder is None) == (self.rank.trace is None):
             return False, "there is no trace to end" if folder is None else "a trace is being made already"
-        order = START_TRACE + folder.encode() if folder is not None else STOP_TRACE
+        return self.order("stop trace" if folder is None else f"start trace:{folder}")
+
+    def order(self, text: str) -> tuple[bool, str]:
+        order = ORDER + text.encode()
         self.links.send_plan(order)
         try:
             return True, self.rank.obey(order)
-        except OSError as error:
-            return False, f"the trace could not be written: {error}"
+        except (OSError, ValueError) as error:
+            return False, f"{text.partition(':')[0]}: {error}"
 
     def collect(self) -> Drawn:
         drawn = self._drawn[0]
@@ -175,7 +181,7 @@ def follow(rank: Rank, links: RankLinks) -> None:
     """What every rank but the driver does until nothing more is to be done. Raises CollectiveError when one is gone."""
     while data := links.take_plan():
         if data.startswith(ORDER):
-            with contextlib.suppress(OSError):  # the driver has the same trouble and says so
+            with contextlib.suppress(OSError, ValueError):  # the driver has the same trouble and says so
                 rank.obey(data)
             continue
         drawn = rank.run(StepPlan.decode(data))

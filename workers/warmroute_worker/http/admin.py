@@ -150,6 +150,23 @@ async def stop_profile(request: web.Request) -> web.Response:
     return _json({"message": await _asked(request, lambda engine: engine.profile(None))})
 
 
+async def start_expert_distribution_record(request: web.Request) -> web.Response:
+    """From now on every rank counts for how many rows each expert is chosen."""
+    return _json({"message": await _asked(request, lambda engine: engine.count_experts("start experts"))})
+
+
+async def stop_expert_distribution_record(request: web.Request) -> web.Response:
+    return _json({"message": await _asked(request, lambda engine: engine.count_experts("stop experts"))})
+
+
+async def dump_expert_distribution_record(request: web.Request) -> web.Response:
+    """`{"output_dir"}`, else SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, else the temporary folder: a file per rank."""
+    body = fields.json_object(await request.read() or b"{}")
+    default = os.environ.get("SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR", tempfile.gettempdir())
+    folder = fields.text(body, "output_dir", default) or default
+    return _json({"message": await _asked(request, lambda engine: engine.count_experts(f"dump experts:{folder}"))})
+
+
 async def _asked(request: web.Request, question: Callable[[DataParallelController], Awaitable[messages.Reply]]) -> str:
     """The engine's answer. Raises ApiError if it is no, or if there is no engine."""
     service = request.app[SERVICE]

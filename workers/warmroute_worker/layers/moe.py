@@ -81,7 +81,8 @@ class MixtureOfExperts:
         """Another half of the step is computed while rows are on their way."""
         self._router = Router(source, f"{name}.gate", hidden, config)
         self.map = ExpertMap(config.num_experts, layout, source.device)
-        self._routed: torch.Tensor | None = None
+        self.routed: torch.Tensor | None = None
+        """[experts] for how many rows each was chosen, if somebody counts."""
         self.computed_rows = 0
         """By this rank's experts, since the start."""
         self.experts = Experts(source, f"{name}.experts", hidden, config, self.map)
@@ -98,15 +99,15 @@ class MixtureOfExperts:
 
     def count_routed(self) -> None:
         """From now on, count for how many rows each expert is chosen."""
-        if self._routed is None:
-            self._routed = torch.zeros(self.map.num_experts, dtype=torch.int64, device=self.map.owners.device)
+        if self.routed is None:
+            self.routed = torch.zeros(self.map.num_experts, dtype=torch.int64, device=self.map.owners.device)
 
     def take_routed(self, *, keep: bool = False) -> torch.Tensor:
         """[experts] how many rows each was chosen for, since the last time; of rows that this rank saw."""
-        assert self._routed is not None
-        taken = self._routed.clone()
+        assert self.routed is not None
+        taken = self.routed.clone()
         if not keep:
-            self._routed.zero_()
+            self.routed.zero_()
         return taken
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,6 +179,6 @@ class MixtureOfExperts:
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, k] weights in float32, and slots."""
         weights, chosen = self._router(x)
-        if self._routed is not None:
-            self._routed += torch.bincount(chosen.flatten(), minlength=len(self._routed))
+        if self.routed is not None:
+            self.routed += torch.bincount(chosen.flatten(), minlength=len(self.routed))
         return weights, self.map.slots_for(chosen)
