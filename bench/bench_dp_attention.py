@@ -1,6 +1,6 @@
 """What DP attention is worth at equal pool bytes: how many requests run before the first has to give way, and tokens/s.
 
-`python -m bench.bench_dp_attention [--ranks 2 4] [--rounds 2]`. The embedded model demo-moe (DeepSeek-V3's architecture,
+`python -m bench.bench_dp_attention [--ranks 2 4] [--rounds 2]`. The embedded model demo-moe (as DeepSeek-V3,
 latent attention, 16 experts); every rank has a KV pool of the same bytes. With plain tensor parallelism each rank
 stores the latent rows of all tokens, with DP attention of its own requests only. Without HTTP; in turn A B, B A.
 """

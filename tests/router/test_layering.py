@@ -147,6 +147,7 @@ WORKER_PARTS = [
     "http",
     "engine_process",
     "offline",
+    "offline_drivers",
     "rank_process",
     "driver",
     "engine",
@@ -161,6 +162,7 @@ WORKER_PARTS = [
 # processes of HTTP and of the supervisor never load it.
 WITH_TORCH = [
     "offline",
+    "offline_drivers",
     "rank_process",
     "driver",
     "engine",

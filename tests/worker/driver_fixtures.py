@@ -1,146 +1,21 @@
-"""An engine of several drivers, each rank a process; this process is what the HTTP process is to them, and no more."""
+"""Workers of several drivers, as tests want them."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import select
-import socket
-from collections import defaultdict
-from multiprocessing.reduction import DupFd
 from typing import TYPE_CHECKING, Any
 
-from warmroute_worker import messages, rank_process
-from warmroute_worker._native import Region
+from warmroute_worker import offline_drivers
 from warmroute_worker.args import WorkerArgs
-from warmroute_worker.child_process import die_with_parent
-from warmroute_worker.messages import Failed, FrameReader, Generate, Ready, Reply, Row, Shutdown, StepOutput, Wake
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from warmroute_worker.messages import Message
-
-WAIT_SECONDS = 60.0
+    from warmroute_worker.offline_drivers import Drivers
 
 
-class Drivers:
-    """The other ends of the drivers' sockets."""
-
-    def __init__(self, sockets: Sequence[socket.socket], region: Region, args: WorkerArgs) -> None:
-        self.region, self.args = region, args
-        self._sockets = list(sockets)
-        self._readers = [FrameReader() for _ in sockets]
-        self.ready: dict[int, Ready] = {}
-        self.rows: dict[str, list[Row]] = defaultdict(list)
-        self.outputs: list[tuple[int, StepOutput]] = []
-        self.replies: list[tuple[int, Reply]] = []
-        self.failures: list[str] = []
-
-    def send(self, dp_rank: int, message: Message) -> None:
-        self._sockets[dp_rank].sendall(messages.encode(message))
-
-    def until(self, done: Callable[[], bool]) -> None:
-        """Take what the drivers say, and pass on their calls to each other."""
-        poll = select.poll()
-        numbers = {sock.fileno(): dp_rank for dp_rank, sock in enumerate(self._sockets)}
-        for fd in numbers:
-            poll.register(fd, select.POLLIN)
-        while not done():
-            events = poll.poll(WAIT_SECONDS * 1000)
-            assert events, f"nothing came within {WAIT_SECONDS} s: {self.region.aborted()}"
-            for fd, _ in events:
-                dp_rank = numbers[fd]
-                data = self._sockets[dp_rank].recv(1 << 18)
-                assert data, f"driver {dp_rank} is gone: {self.region.aborted()}; {self.failures}"
-                for message in self._readers[dp_rank].feed(data):
-                    self._take(dp_rank, message)
-
-    def finished(self, rids: Sequence[str]) -> Callable[[], bool]:
-        return lambda: all(self.rows[rid] and self.rows[rid][-1].finish_reason for rid in rids)
-
-    def answers(self, requests: Sequence[tuple[int, Generate]]) -> list[list[int]]:
-        """Give each request to its driver, and wait for all."""
-        for _, request in requests:
-            self.rows.pop(request.rid, None)
-        for dp_rank, request in requests:
-            self.send(dp_rank, request)
-        self.until(self.finished([request.rid for _, request in requests]))
-        for _, request in requests:
-            assert self.rows[request.rid][-1].error is None, self.rows[request.rid][-1].error
-        return [[token for row in self.rows[request.rid] for token in row.token_ids] for _, request in requests]
-
-    def statuses(self) -> list[dict[str, int]]:
-        return [self.region.status(rank) for rank in range(self.args.layout.world_size)]
-
-    def _take(self, dp_rank: int, message: Message) -> None:
-        match message:
-            case Ready():
-                self.ready[dp_rank] = message
-            case StepOutput():
-                self.outputs.append((dp_rank, message))
-                for row in message.rows:
-                    self.rows[row.rid].append(row)
-            case Wake():
-                for other in range(len(self._sockets)):
-                    if other != dp_rank:
-                        self.send(other, message)
-            case Reply():
-                self.replies.append((dp_rank, message))
-            case Failed():
-                self.failures.append(message.message)
-            case _:
-                pass
-
-
-@contextlib.contextmanager
-def drivers(folder: Path, prepare: Callable[[], None] | None = None, **changes: Any) -> Iterator[Drivers]:
-    """All ranks of a worker, ready. `prepare` is called in each before it begins."""
-    settings: dict[str, Any] = {"device": "cpu", "threads": 1, "max_total_tokens": 4096, "watchdog_timeout": 30.0}
-    args = WorkerArgs(str(folder), "tiny", **(settings | changes))
-    layout = args.layout
-    fd = Region.memory_file(layout.world_size, layout.groups())
-    region = Region(fd, layout.world_size, layout.groups())
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warmroute_worker.rank_process"])
-    pairs = [socket.socketpair() for _ in range(layout.dp_size)]
-    children = []
-    for place in layout.places():
-        theirs = DupFd(pairs[place.dp_rank][1].fileno()) if place.is_driver else None
-        arguments = (place.rank, args.to_json(), DupFd(fd), theirs, prepare)
-        children.append(context.Process(target=_be_rank, args=arguments, daemon=True))
-        children[-1].start()
-    os.close(fd)
-    for _, theirs_end in pairs:
-        theirs_end.close()
-    made = Drivers([ours for ours, _ in pairs], region, args)
-    try:
-        made.until(lambda: len(made.ready) == layout.dp_size or bool(made.failures))
-        assert not made.failures, made.failures
-        yield made
-        for dp_rank in range(layout.dp_size):
-            with contextlib.suppress(OSError):
-                made.send(dp_rank, Shutdown())
-    except BaseException:
-        region.abort("the test failed")
-        raise
-    finally:
-        for ours, _ in pairs:
-            ours.close()
-        for child in children:
-            child.join(10)
-            child.kill()
-            child.join()
-            child.close()
-
-
-def _be_rank(rank: int, args_json: str, fd: Any, sock: Any, prepare: Callable[[], None] | None) -> None:
-    die_with_parent(os.getppid())
-    if prepare is not None:
-        prepare()
-    args = WorkerArgs.from_json(args_json)
-    region = Region(fd.detach(), args.layout.world_size, args.layout.groups())
-    connection = None if sock is None else socket.socket(fileno=sock.detach())
-    raise SystemExit(rank_process.run(args.layout.place(rank), args, region, connection))
+def drivers(folder: Path, prepare: Callable[[], None] | None = None, **changes: Any) -> AbstractContextManager[Drivers]:
+    """See `offline_drivers.drivers`."""
+    settings: dict[str, Any] = {"device": "cpu", "threads": 1, "max_total_tokens": 4096, "watchdog_timeout": 60.0}
+    return offline_drivers.drivers(WorkerArgs(str(folder), "tiny", **(settings | changes)), prepare)

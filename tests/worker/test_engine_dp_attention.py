@@ -19,8 +19,8 @@ from warmroute_worker.messages import Generate, Profile
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.worker.driver_fixtures import Drivers
     from tests.worker.engine_fixtures import Reference
+    from warmroute_worker.offline_drivers import Drivers
 
 SLOW = pytest.mark.slow
 FAMILIES = ("DeepseekV2", "DeepseekV3", "Qwen3Moe", "Mixtral", "Llama")

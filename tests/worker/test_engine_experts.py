@@ -21,8 +21,8 @@ from warmroute_worker.layers.router import Router
 from warmroute_worker.messages import CountExperts, Generate, Profile
 
 if TYPE_CHECKING:
-    from tests.worker.driver_fixtures import Drivers
     from tests.worker.engine_fixtures import Reference
+    from warmroute_worker.offline_drivers import Drivers
 
 SENT: dict[str, Any] = {"tp_size": 2, "moe_a2a_backend": "deepep"}
 DP: dict[str, Any] = {"dp_size": 2, "enable_dp_attention": True}

@@ -16,8 +16,8 @@ SIZES = (1, 2, 3, 4, 8)
 
 def _layout(pp: int, dp: int, attention_tp: int, dp_attention: bool, parts: int) -> Layout:
     tp = attention_tp * dp if dp_attention else attention_tp
-    ep = [size for size in range(1, tp + 1) if tp % size == 0][parts % 3 - 1]
-    return Layout(tp, pp, dp, dp_attention and dp > 1, ep)
+    choices = [size for size in range(1, tp + 1) if tp % size == 0]
+    return Layout(tp, pp, dp, dp_attention and dp > 1, choices[parts % len(choices)])
 
 
 layouts = st.builds(
