@@ -100,17 +100,21 @@ def main(sock: socket.socket, args: WorkerArgs, links: RankLinks) -> int:
 def serve(link: Link, engine: Engine, links: RankLinks) -> int:
     """Take what has arrived, compute one step, say what it brought; until the other end is gone or says Shutdown."""
     pauses: list[Pause] = []
+    leaving = False
     while (messages := link.receive(wait=not engine.must_step)) is not None:
         links.beat()
         for message in messages:
             if isinstance(message, Shutdown):
-                engine.close()
-                return 0
-            if isinstance(message, Pause):
+                leaving = True
+                engine.scheduler.abort_all()
+            elif isinstance(message, Pause):
                 engine.is_paused = True
                 pauses.append(message)
             else:
                 _deliver(message, engine, link)
+        # Who goes in step leaves when nobody waits for anybody; all are told to.
+        if leaving and (engine.lock_step is None or not engine.lock_step.is_awake):
+            break
         if engine.must_step or pauses:
             if engine.lock_step is not None and not engine.lock_step.is_awake and engine.must_step:
                 link.send(Wake(engine.lock_step.round + 1))

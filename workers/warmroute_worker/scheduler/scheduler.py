@@ -140,6 +140,11 @@ class Scheduler:
         self._finish(request)
         self._rows.append(Row(rid, [], "abort", request.cached_tokens or 0, None))
 
+    def abort_all(self) -> None:
+        """End all requests now."""
+        for rid in list(self._requests):
+            self.abort(rid)
+
     def flush(self, flush_id: int) -> Reply:
         """Empty the prefix cache, unless requests run or wait."""
         if self._requests:
