@@ -51,8 +51,8 @@ class Bench:
 
     def cell(self, contender: Contender, workload: Workload, requests: Sequence[bytes]) -> Cell:
         cell = Cell(contender.name, workload.name)
-        workers = [self._start_worker(workload, number) for number in range(workload.workers)]
-        port, router = self._start_router(contender, workload, [url for url, _ in workers])
+        workers = [self.start_worker(workload, number) for number in range(workload.workers)]
+        port, router = self.start_router(contender, workload, [url for url, _ in workers])
         try:
             uvloop.run(closed_loop("127.0.0.1", port, requests, 8, seconds=WARM_UP_SECONDS))
             if workload.streams:
@@ -123,7 +123,7 @@ class Bench:
         cell.disturbed = True
         return best
 
-    def _start_worker(self, workload: Workload, number: int) -> tuple[str, Process]:
+    def start_worker(self, workload: Workload, number: int) -> tuple[str, Process]:
         port = free_port()
         process = self.processes.start_module(
             f"worker-{number}",
@@ -136,7 +136,7 @@ class Bench:
         process.wait_until_ready(url + "/health", READY_SECONDS)
         return url, process
 
-    def _start_router(self, contender: Contender, workload: Workload, urls: list[str]) -> tuple[int, Process]:
+    def start_router(self, contender: Contender, workload: Workload, urls: list[str]) -> tuple[int, Process]:
         ports = Ports(free_port(), free_port())
         command = contender.command(contender.python(), ports, workload.policy, urls)
         process = self.processes.start(contender.name, command, cpus=self.router_cpus)

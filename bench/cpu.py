@@ -10,7 +10,11 @@ PROC = Path("/proc")
 def cpu_ns(pid: int) -> int:
     """Time on a CPU of all threads that the process has now; 0 when it is gone."""
     total = 0
-    for task in (PROC / str(pid) / "task").glob("*/schedstat"):
+    try:
+        tasks = list((PROC / str(pid) / "task").glob("*/schedstat"))
+    except OSError:
+        return 0
+    for task in tasks:
         try:
             total += int(task.read_text().split()[0])
         except (OSError, IndexError):

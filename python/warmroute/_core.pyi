@@ -81,6 +81,9 @@ class RoutedRequest:
     def priority(self) -> int | None: ...
     def blocks(self) -> list[tuple[int, int]]:
         """(key, end in bytes of the text) of each block: equal keys stand for equal text from the beginning."""
+    @property
+    def attempts(self) -> int:
+        """Leases so far."""
     def finish(self, status: int, first_byte_ns: int, now_ns: int) -> None:
         """Count the client's request as answered, once (later calls do nothing).
 
@@ -97,33 +100,34 @@ class Lease:
     @property
     def incarnation(self) -> int: ...
     @property
+    def selected_ns(self) -> int:
+        """When it was taken."""
+    @property
     def match_bytes(self) -> int: ...
     @property
     def predicted_cached_tokens(self) -> int: ...
     @property
     def splice(self) -> tuple[int, bytes] | None:
         """(offset into the body, bytes to insert there) for a worker with dp ranks, else None."""
-    @property
-    def terms(self) -> tuple[int, int, tuple[int, bytes] | None]:
-        """(slot, incarnation, splice), which are asked for together."""
-    def complete(
-        self,
-        status: int,
-        first_byte_ns: int,
-        head: ResponseHead,
-        reader: BodyReader,
-        reused: bool,
-        now_ns: int,
-        /,
-    ) -> tuple[Transition, ...] | None:
-        """The answer has arrived whole, and the client has it: `release` with what head and body say, and the request's
-        `finish`. None: no machine moved. Raises RegionBusy: all but the release is done."""
+    def to_worker(
+        self, head: RequestHead, host: bytes, authorization: bytes | None, data: bytes, /
+    ) -> tuple[bytes, bytes | None]:
+        """The request `data`, which begins with `head`, as it goes to the target: request line, host, content-length,
+        x-request-id, of the client's headers only content-type, accept, user-agent, x-correlation-id, traceparent,
+        tracestate, the routing keys, x-data-parallel-rank, and authorization (replaced by `authorization` when that is
+        given; b"" drops it); then the body with `splice` in it. The second part, of a long body, is to be sent behind
+        the first.
+
+        The arguments are written as they are: they must hold no line ends."""
+    def complete(self, response: Response, reused: bool, now_ns: int, /) -> tuple[Transition, ...] | None:
+        """The answer has arrived whole, and the client has it: `release` with what it says, and the request's `finish`.
+        None: no machine moved. Raises RegionBusy: all but the release is done."""
     def release(
         self,
         kind: OutcomeKind,
         status: int,
         first_byte_ns: int,
-        reader: BodyReader | None,
+        response: Response | None,
         reused: bool | None,
         prompt_tokens: int,
         completion_tokens: int,
@@ -133,8 +137,8 @@ class Lease:
     ) -> tuple[Transition, ...]:
         """Give the claim back; idempotent (a second call returns ()). -1 stands for unknown.
 
-        `reader`: of the answer's body, which is looked through for tokens that are not given. `reused`: whether the
-        connection had been used before; None: there was none.
+        `response`: the answer, which is looked through for tokens that are not given. `reused`: whether the connection
+        had been used before; None: there was none.
 
         `first_byte_ns` is when the answer's first byte came, on the clock of `now_ns`; with `completion_tokens` it
         tells how fast the target is. `cached_tokens` corrects what the index credits the target with.
@@ -377,10 +381,11 @@ class Core:
         Raises BadRequest. Counts the request as accepted (its model's series is settled by the first select). One that
         it refuses is counted as accepted and answered with 400, in the series of the model "other".
         """
-    def read_request(self, head: RequestHead, body: bytes, now_ns: int, /) -> RoutedRequest:
-        """As `read`, of a head that was parsed here."""
-    def route(self, head: RequestHead, body: bytes, now_ns: int, /) -> tuple[RoutedRequest, Lease | None]:
-        """`read_request`, and `select` if that gives a lease at once; if not, ask it again what the matter is."""
+    def read_request(self, head: RequestHead, data: bytes, now_ns: int, /) -> RoutedRequest:
+        """As `read`, of bytes that begin with a head that was parsed here."""
+    def route(self, head: RequestHead, data: bytes, now_ns: int, /) -> tuple[RoutedRequest, Lease | None, int, int]:
+        """`read_request`, and `select` if that gives a lease at once, with its slot and incarnation; if not, ask it
+        again what the matter is."""
     def select(self, request: RoutedRequest, now_ns: int, allow_failed: bool, /) -> Lease | None:
         """Choose a target, raise its load, stamp the prefix. None: nobody is available.
 
@@ -491,39 +496,34 @@ class RequestHead:
     @property
     def keep_alive(self) -> bool: ...
     @property
-    def framing(self) -> tuple[bool, int, bool, int]:
-        """(keep_alive, size, chunked, content_length), which are asked for together."""
-    @property
     def http_1_0(self) -> bool: ...
     @property
     def expect_continue(self) -> bool: ...
     @property
-    def request_id(self) -> bytes | None:
-        """The first of the configured headers that the client sent with visible ASCII of at most 128 bytes."""
+    def request_id(self) -> bytes:
+        """What the request is called, here and at the worker: the first of the configured headers that the client sent
+        with visible ASCII of at most 128 bytes, else a name made here."""
     @property
     def authorization(self) -> bytes | None: ...
-    def bears(self, expected: bytes, /) -> bool:
-        """Whether that is its `authorization`; takes as long for every answer."""
-    def request_id_or(self, prefix: bytes, number: int, /) -> bytes:
-        """`request_id`, else one made of `prefix` and `number`."""
+    @property
+    def is_authorized(self) -> bool:
+        """Whether it bears the key that the router wants, if it wants one."""
     @property
     def routing_headers(self) -> bytes:
         """The header lines that policies read, as `name: value\\r\\n` with lower-case names; b"" as a rule."""
-    def to_worker(self, host: bytes, authorization: bytes | None, request_id: bytes, content_length: int, /) -> bytes:
-        """The head to send to a worker: request line, host, content-length, x-request-id, and of the client's headers
-        only content-type, accept, user-agent, x-correlation-id, traceparent, tracestate, the routing keys,
-        x-data-parallel-rank, and authorization (replaced by `authorization` when that is given; b"" drops it).
-
-        The arguments are written as they are: they must hold no line ends."""
+    def body_in(self, data: bytes, /) -> bytes:
+        """Its body, in the bytes that begin with it; of a chunked one the coding has been taken off, and nothing
+        follows it."""
     def to_control(self, content_length: int, /) -> bytes:
         """The head to send to the control app: everything end-to-end, with a content-length (-1: none)."""
 
 @final
-class ResponseHead:
+class Response:
+    """What a worker, or the control app, answers: its head, and where its body ends. The bytes of the body are not
+    kept."""
+
     @property
     def status(self) -> int: ...
-    @property
-    def size(self) -> int: ...
     @property
     def content_length(self) -> int:
         """-1: none given."""
@@ -533,16 +533,23 @@ class ResponseHead:
     def keep_alive(self) -> bool:
         """Whether the worker's connection can be used again after this response."""
     @property
-    def prompt_tokens(self) -> int:
-        """Of the x-prompt-tokens header; -1 when absent or not a number. Likewise cached_tokens of x-cached-tokens."""
-    @property
-    def cached_tokens(self) -> int: ...
+    def began_ns(self) -> int:
+        """When its head was complete, or what `held_until` said."""
     @property
     def retry_after_seconds(self) -> int:
         """-1 when absent or a date."""
-    def as_it_is(self, request_id: bytes, keep_alive: bool, rest: bytes, /) -> bytes | None:
-        """Head, with that `x-request-id`, and `rest` as they go to a client of HTTP/1.1 that gets the body in the
-        framing it has; None: it has none, it ends with the connection."""
+    @property
+    def tokens(self) -> tuple[int, int, int]:
+        """(prompt, completion, cached) as its headers (x-prompt-tokens, x-cached-tokens), or else the last bytes of its
+        body (a JSON body or an SSE stream) say; -1: unknown."""
+    def held_until(self, now_ns: int, /) -> None:
+        """It was kept back until now: nobody got its first byte before."""
+    def body_in(self, data: bytes, /) -> bytes:
+        """What of `data`, in which it began, belongs to its body."""
+    def as_it_is(self, request: RequestHead, keep_alive: bool, data: bytes, /) -> bytes | None:
+        """Head, with the request's name, and what of the body came with it in `data`, as they go to the client of
+        `request` that gets the body in the framing it has; None: that cannot be, since the client speaks HTTP/1.0 or
+        the body ends with the connection."""
     def to_client(self, extra: bytes, keep_alive: bool, chunked: bool, /) -> bytes:
         """The head to send to the client: status line and end-to-end headers as the worker sent them, framing headers
         (content-length kept, or transfer-encoding when `chunked`), `connection: close` unless `keep_alive`, then
@@ -550,39 +557,14 @@ class ResponseHead:
 
         The worker's own x-request-id is dropped: `extra` brings the router's. It must also bring `connection:
         keep-alive` for an HTTP/1.0 client that is to use its connection again."""
-
-@final
-class HeadParser:
-    def __new__(cls, *, request_id_headers: Sequence[str], max_head_bytes: int) -> HeadParser: ...
-    def request(self, data: bytes, /) -> RequestHead | None:
-        """Parse the head at the start of `data`; None: more bytes are needed. Raises BadHead (400, 431, 505)."""
-    def response(self, data: bytes, head_request: bool, /) -> ResponseHead | None:
-        """As `request`, for a worker. 1xx heads are returned like others. Raises BadHead(502, ...)."""
-    def begin_response(
-        self, data: bytes, head_request: bool, now_ns: int, /
-    ) -> tuple[ResponseHead, int, BodyReader, bytes, int, bool] | None:
-        """The response at the start of `data`, behind interim ones: head, status, reader of the body, what has come of
-        it, -1 while it goes on or else how many bytes were not of this response, whether the connection can be used
-        again. None: more bytes are needed. Raises BadHead(502, ...)."""
-
-@final
-class BodyReader:
-    """Finds the end of a message body in a stream of bytes. The bytes themselves are not touched."""
-
-    @staticmethod
-    def of_length(length: int, /) -> BodyReader: ...
-    @staticmethod
-    def of_chunks() -> BodyReader: ...
-    @staticmethod
-    def until_eof() -> BodyReader: ...
     def feed(self, data: bytes, now_ns: int, /) -> int:
-        """-1: all of `data` belongs to the body and it goes on; else how many bytes of `data` end it.
+        """More of the body. -1: all of `data` belongs to it and it goes on; else how many bytes of `data` end it.
 
         Raises BadHead(400, ...) on framing that cannot be right.
         """
     @property
     def last_ns(self) -> int:
-        """When `feed` was called last."""
+        """When the last piece came."""
     @property
     def done(self) -> bool: ...
     @property
@@ -590,10 +572,36 @@ class BodyReader:
         """Of a chunked body that goes on: bytes missing until the current chunk and its CRLF are complete (0: at a
         chunk boundary); -1 inside a chunk's size line or a trailer, or for another framing."""
     def end_of_file(self) -> bool:
-        """The connection ended here. True if that ends the body (`until_eof`, or it was done already)."""
-    def usage(self) -> tuple[int, int, int]:
-        """(prompt, completion, cached) tokens found in the last bytes of the body (a JSON body or an SSE stream); -1:
-        unknown."""
+        """The connection ended here. True if that ends the body (one without a length, or it was done already)."""
+
+@final
+class HeadParser:
+    """Understands the heads of both sides."""
+
+    def __new__(
+        cls,
+        *,
+        request_id_headers: Sequence[str],
+        max_head_bytes: int,
+        max_body_bytes: int,
+        authorization: bytes | None,
+        id_prefix: bytes,
+    ) -> HeadParser:
+        """`authorization`: what requests must bear. Names that are made here begin with `id_prefix`."""
+    def new_request_id(self) -> bytes:
+        """A name for what no head was understood of."""
+    def request(self, data: bytes, /) -> RequestHead | None:
+        """Parse the head at the start of `data`; None: more bytes are needed. Raises BadHead (400, 431, 505)."""
+    def begin_request(self, data: bytes, /) -> tuple[RequestHead, bool, bytes, bool, bool] | None:
+        """The request at the start of `data`: head, whether the body is all there (and not too long), what comes behind
+        it (if it is not: behind the head), whether the client wants to use the connection again, whether it is for a
+        worker and its client may ask one. None: more bytes are needed for the head. Raises BadHead (400, 431, 505)."""
+    def begin_response(
+        self, data: bytes, request: RequestHead, now_ns: int, /
+    ) -> tuple[Response, int, bool | None] | None:
+        """The response to `request` at the start of `data`, behind interim ones: itself, its status, and if its body
+        ends here (None: it does not) whether the connection can be used again. None: more bytes are needed for its
+        head. Raises BadHead(502, ...)."""
 
 @final
 class ChunkDecoder:

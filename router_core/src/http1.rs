@@ -18,7 +18,7 @@ mod usage;
 pub use arrivals::Arrivals;
 pub use body::BodyReader;
 pub use chunks::ChunkDecoder;
-pub use request::RequestHead;
+pub use request::{JOINED_BODY_BYTES, RequestHead};
 pub use response::ResponseHead;
 pub use target::Route;
 pub use usage::Usage;

@@ -15,7 +15,7 @@ _BODY = (
     b'"completion_tokens":4,"total_tokens":29,"prompt_tokens_details":{"cached_tokens":16}}}'
 )
 _TOKENS = "x-prompt-tokens: 25\r\nx-cached-tokens: 16\r\n"
-_UNARY = head(200, len(_BODY), _TOKENS) + _BODY
+UNARY = head(200, len(_BODY), _TOKENS) + _BODY
 _STREAM_HEAD = head(200, None, _TOKENS, "text/event-stream")
 _PIECE = (
     b'data: {"id":"fake","object":"chat.completion.chunk","created":0,"model":"fake-model","choices":[{"index":0,'
@@ -34,7 +34,7 @@ class LeanConnection(Connection):
         # than this: a long prompt cannot slow the search down.
         if body.find(b'"stream":true', max(len(body) - 4_000, 0)) < 0:
             self.worker.record.received += 1
-            self.write(_UNARY)
+            self.write(UNARY)
             self.finish()
             return
         self.worker.record.received += 1

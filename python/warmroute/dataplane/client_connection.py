@@ -55,12 +55,12 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_advancing",
         "_body_missing",
-        "_body_parts",
         "_buffer",
         "_decoder",
         "_discarding",
         "_has_asked",
         "_head",
+        "_parts",
         "_paused_reading",
         "_plane",
         "_since_ns",
@@ -68,7 +68,6 @@ class ClientConnection(asyncio.Protocol):
         "came_late",
         "exchange",
         "keep_alive",
-        "may_keep_alive",
         "write",
     )
 
@@ -81,7 +80,7 @@ class ClientConnection(asyncio.Protocol):
         self._buffer = b""
         self.exchange: Exchange | None = None
         self._head: RequestHead | None = None  # of a request whose body is not complete
-        self._body_parts: list[bytes] = []
+        self._parts: list[bytes] = []  # that head, and what has come of the body
         self._body_missing = 0
         self._decoder: ChunkDecoder | None = None
         self._discarding = False
@@ -91,7 +90,6 @@ class ClientConnection(asyncio.Protocol):
         self._has_asked = False
         self._since_ns = plane.second_ns
         """When what it waits for began: the next request, the rest of a head, the next bytes of a body."""
-        self.may_keep_alive = True
         self.keep_alive = True
 
     def __repr__(self) -> str:
@@ -118,19 +116,15 @@ class ClientConnection(asyncio.Protocol):
         plane.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        if self._discarding:
-            return
-        if self._head is not None and self.exchange is None:
+        if self.exchange is not None:
+            self._buffer += data
+            if len(self._buffer) > MAX_AHEAD_BYTES and not self._paused_reading:
+                self._paused_reading = True
+                self._transport.pause_reading()
+        elif self._head is not None:
             self._body_received(data)
-            return
-        self._buffer = self._buffer + data if self._buffer else data
-        if self.exchange is None:
-            self._advance()
-            if self._buffer and self.exchange is None and len(self._buffer) == len(data):
-                self._since_ns = self._plane.second_ns  # the first bytes of a head
-        elif len(self._buffer) > MAX_AHEAD_BYTES and not self._paused_reading:
-            self._paused_reading = True
-            self._transport.pause_reading()
+        elif not self._discarding:
+            self._advance(self._buffer + data if self._buffer else data)
 
     def eof_received(self) -> bool:
         return False  # a client that ends its side is gone: there is no half-closed state in this protocol
@@ -182,7 +176,7 @@ class ClientConnection(asyncio.Protocol):
             self._paused_reading = False
             self._transport.resume_reading()
         if self._buffer and not self._advancing:
-            self._advance()
+            self._advance(self._buffer)
 
     def answer_error(self, code: ErrorCode, message: str, request_id: bytes, param: str | None = None) -> None:
         """End the current request with an error of our own."""
@@ -201,42 +195,48 @@ class ClientConnection(asyncio.Protocol):
 
     # -- requests
 
-    def _advance(self) -> None:
-        """Handle what is in the buffer until an exchange is under way or more bytes are needed."""
+    def _advance(self, buffer: bytes) -> None:
+        """Handle what has come, `buffer` in all, until an exchange is under way or more bytes are needed."""
         plane = self._plane
         self._advancing = True  # an exchange that ends at once must not enter here again: pipelined requests would nest
-        while self._buffer and self.exchange is None and not self._discarding:
-            buffer = self._buffer
+        while True:
             try:
-                head = plane.parser.request(buffer)
+                begun = plane.parser.begin_request(buffer)
             except BadHead as error:
                 self._refuse(*error.args)
                 break
-            if head is None:
+            if begun is None:
+                if not self._buffer:
+                    self._since_ns = plane.second_ns  # the first bytes of a head
+                self._buffer = buffer
                 break
-            keep_alive, size, chunked, length = head.framing
-            self.may_keep_alive = self.keep_alive = keep_alive and not plane.is_draining
-            end = size + max(length, 0)
-            if not chunked and len(buffer) >= end and length <= plane.max_body_bytes:
-                self._buffer = buffer[end:]
-                self._dispatch(head, buffer[size:end])
-            elif not self._begin_body(head, chunked, length):
+            head, is_whole, rest, keep_alive, is_for_worker = begun
+            self._buffer = rest
+            self.keep_alive = keep_alive and not plane.is_draining
+            if is_whole:
+                self._dispatch(head, buffer, is_for_worker)
+            elif not self._begin_body(head):
                 break
             else:
                 self._buffer = b""
-                if head.expect_continue and len(buffer) == size:
+                self._parts.append(buffer[: len(buffer) - len(rest)])
+                if head.expect_continue and not rest:
                     self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self._body_received(buffer[size:])
+                self._body_received(rest)
+            buffer = self._buffer
+            if not buffer or self.exchange is not None or self._discarding:
+                break
         self._advancing = False
 
-    def _begin_body(self, head: RequestHead, chunked: bool, length: int) -> bool:
+    def _begin_body(self, head: RequestHead) -> bool:
         """Of a request whose body is not all there; whether it may come."""
+        length = head.content_length
         if length > self._plane.max_body_bytes:
             self._refuse(413, f"The body is larger than {self._plane.max_body_bytes} bytes")
             return False
         if not self._has_room(head):
             return False
-        if chunked:
+        if head.chunked:
             self._decoder = ChunkDecoder(self._plane.max_body_bytes)
         else:
             self._body_missing = length
@@ -265,23 +265,23 @@ class ClientConnection(asyncio.Protocol):
             if self._body_missing:
                 self._has_room(head)
                 return
-        body = b"".join(self._body_parts)
+        request = b"".join(self._parts)
         self._forget_parts()
         self._head = None
         self._buffer = data[end:]
-        self._dispatch(head, body)
-        if self._buffer and self.exchange is None:
-            self._advance()
+        self._dispatch(head, request, head.is_authorized and head.is_routed)
+        if self._buffer and self.exchange is None and not self._advancing:
+            self._advance(self._buffer)
 
     def _keep_part(self, part: bytes) -> None:
         self._since_ns = self._plane.second_ns
-        self._body_parts.append(part)
+        self._parts.append(part)
         self._plane.buffered_bytes += len(part)
 
     def _forget_parts(self) -> None:
-        if self._body_parts:
-            self._plane.buffered_bytes -= sum(map(len, self._body_parts))
-            self._body_parts.clear()
+        if self._parts:
+            self._plane.buffered_bytes -= sum(map(len, self._parts[1:]))  # the head is not counted
+            self._parts.clear()
 
     def _has_room(self, head: RequestHead) -> bool:
         """For more of its body; if there is none, the request is refused."""
@@ -291,32 +291,24 @@ class ClientConnection(asyncio.Protocol):
         self._refuse(503, "The router holds as many bytes of requests as it may; try again", ErrorCode.ROUTER_BUSY)
         return False
 
-    def _dispatch(self, head: RequestHead, body: bytes) -> None:
+    def _dispatch(self, head: RequestHead, data: bytes, is_for_worker: bool) -> None:
+        """A request is there as a whole, `data` begins with it. `is_for_worker`: and its client may ask a worker."""
         plane = self._plane
         self._has_asked = True
-        is_routed = head.is_routed
-        if (
-            plane.api_key is not None
-            and not head.bears(plane.expected_authorization)
-            and (is_routed or head.path not in OPEN_PATHS)
-        ):
-            self._answer_unasked(head, ErrorCode.UNAUTHORIZED, "A valid API key is needed: authorization: Bearer ...")
-            return
         now_ns = monotonic_ns()
-        if is_routed:
-            if self.came_late:
-                self._answer_unasked(head, ErrorCode.SHUTTING_DOWN, "The router is going away; ask another one")
-                return
-            routed = RoutedExchange(plane, self, head, body, now_ns)
-            self.exchange = routed
-            routed.start(now_ns)
+        if is_for_worker and not self.came_late:
+            self.exchange = exchange = RoutedExchange()
+            exchange.start(plane, self, head, data, now_ns)
+        elif not head.is_authorized and (head.is_routed or head.path not in OPEN_PATHS):
+            self._answer_unasked(head, ErrorCode.UNAUTHORIZED, "A valid API key is needed: authorization: Bearer ...")
+        elif is_for_worker:
+            self._answer_unasked(head, ErrorCode.SHUTTING_DOWN, "The router is going away; ask another one")
         elif head.route == Route.CONTROL:
             if head.method not in METHODS:
                 self._answer_unasked(head, ErrorCode.NOT_IMPLEMENTED, f"There is no method {head.method} here")
                 return
-            control = ControlExchange(plane, self, head, body, now_ns)
-            self.exchange = control
-            control.start()
+            self.exchange = control = ControlExchange()
+            control.start(plane, self, head, data, now_ns)
         else:
             status, content_type, content = plane.probe(head.route)
             plane.core.count_http(head.method, head.path.decode(), status)
@@ -327,7 +319,7 @@ class ClientConnection(asyncio.Protocol):
         """Refuse what neither the core nor the control app gets to see, and count it in their place."""
         path = head.path.decode() if head.is_routed else OTHER
         self._plane.core.count_http(head.method, path, code.status)
-        self.answer_error(code, message, head.request_id or self._plane.new_request_id())
+        self.answer_error(code, message, head.request_id)
 
     def _respond(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes, request_id: bytes) -> None:
         lines = [b"HTTP/1.1 %d %b\r\ncontent-length: %d\r\n" % (status, _REASONS.get(status, b"Error"), len(body))]
@@ -350,6 +342,6 @@ class ClientConnection(asyncio.Protocol):
         self._buffer = b""
         self._forget_parts()
         self._plane.core.count_http(OTHER, OTHER, status)
-        self._respond(*http_error(code or ErrorCode.of_status(status), message), self._plane.new_request_id())
+        self._respond(*http_error(code or ErrorCode.of_status(status), message), self._plane.parser.new_request_id())
         self._transport.write_eof()
         self._plane.loop.call_later(LINGER_SECONDS, self._transport.close)

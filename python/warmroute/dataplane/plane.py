@@ -101,7 +101,13 @@ class DataPlane:
         self.decision_log = DecisionLog(core, directory, config.log_decisions) if config.log_decisions else None
         self.directory = directory
         self.loop = asyncio.get_running_loop()
-        self.parser = HeadParser(request_id_headers=config.request_id_headers, max_head_bytes=MAX_HEAD_BYTES)
+        self.parser = HeadParser(
+            request_id_headers=config.request_id_headers,
+            max_head_bytes=MAX_HEAD_BYTES,
+            max_body_bytes=config.max_payload_size,
+            authorization=b"Bearer " + config.api_key.encode() if config.api_key else None,
+            id_prefix=b"req-" + os.urandom(8).hex().encode(),
+        )
         self.retry_policy = RetryPolicy.of(config)
         self.retry_budget = RetryBudget()
         self.generator = random.Random(config.seed)
@@ -110,10 +116,8 @@ class DataPlane:
         self.max_connections = config.max_connections or max(shared.open_files // 2 - SPARE_FILES, 16)
         self.times = Times.of(config)
         self.expose_worker = config.expose_worker
-        self.api_key = config.api_key
         self.worker_authorization = b"" if config.api_key else None
         """For workers without a key of their own. None: the client's goes through. The router's never leaves it."""
-        self.expected_authorization = b"Bearer " + config.api_key.encode() if config.api_key else b""
         path, form = config.access_log, config.access_log_format
         self.access_log = AccessLog(path, form) if path else None
         self.keeps_records = self.recorder is not None or self.access_log is not None
@@ -126,15 +130,13 @@ class DataPlane:
         self._letting_in: asyncio.Handle | None = None
         self._let_in_at = 0.0
         self.buffered_bytes = 0
-        """Of request bodies, those that are still being read included."""
+        """Of request bodies that are still being read, and of whole requests that may have to be sent again."""
         self.second_ns = monotonic_ns()
         """The time, at most a second late: for what happens too often to ask for it."""
         self.connections: set[ClientConnection] = set()
         self.is_draining = False
         self.pools: dict[str, Pool] = {}
         """By worker."""
-        self.id_prefix = b"req-" + os.urandom(8).hex().encode()
-        self.id_count = 0
 
         async def connect_control(factory: Callable[[], asyncio.Protocol]) -> None:
             await self.loop.create_connection(factory, sock=await control_upstream())
@@ -195,11 +197,6 @@ class DataPlane:
         return [connection.exchange for connection in self.connections if connection.exchange is not None]
 
     # -- for the connections and exchanges
-
-    def new_request_id(self) -> bytes:
-        """For what no exchange is made of."""
-        self.id_count += 1
-        return b"%b%08x" % (self.id_prefix, self.id_count)
 
     def probe(self, route: Route) -> tuple[int, str, bytes]:
         """(status, content type, body) for an orchestrator's probe, from the core alone."""

@@ -41,54 +41,55 @@ class ConnectFailure(enum.Enum):
 class Pool:
     """All connections to one worker, or to the control app."""
 
-    __slots__ = ("_connect", "_connect_seconds", "_connecting", "_idle", "parser")
+    __slots__ = ("_connect", "_connect_seconds", "_connecting", "idle", "parser")
 
     def __init__(self, connect: Connect, parser: HeadParser, connect_seconds: float) -> None:
         """`connect_seconds`: how long a connect may take."""
         self._connect = connect
         self._connect_seconds = connect_seconds
         self.parser = parser
-        self._idle: list[WorkerConnection] = []
+        self.idle: list[WorkerConnection] = []
+        """In the order in which they were given back."""
         self._connecting: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<Pool [{len(self._idle)} idle, {len(self._connecting)} connecting]>"
+        return f"<Pool [{len(self.idle)} idle, {len(self._connecting)} connecting]>"
 
     @property
     def is_empty(self) -> bool:
-        return not self._idle and not self._connecting
+        return not self.idle and not self._connecting
 
-    def assign(self, exchange: Exchange, *, fresh: bool = False) -> None:
-        """Give `exchange` a connection, now or when it is open: calls its `connected` or `connect_failed`."""
-        while self._idle and not fresh:
-            connection = self._idle.pop()
+    def take(self) -> WorkerConnection | None:
+        """An idle connection; None: there is none, `open` one."""
+        idle = self.idle
+        while idle:
+            connection = idle.pop()
             if not connection.transport.is_closing():
-                exchange.connected(connection)
-                return
+                return connection
+        return None
+
+    def open(self, exchange: Exchange) -> None:
+        """A new connection for `exchange`: calls its `connected` or `connect_failed`, later."""
         task = asyncio.get_running_loop().create_task(self._open(exchange))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    def give_back(self, connection: WorkerConnection, now_ns: int) -> None:
-        connection.idle_since_ns = now_ns
-        self._idle.append(connection)
-
     def forget(self, connection: WorkerConnection) -> None:
         """An idle connection was closed by the other side."""
-        if connection in self._idle:
-            self._idle.remove(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
 
     def close_idle(self, before_ns: int) -> None:
         """Close what has been idle since before `before_ns`; the list is in order of that time, oldest first."""
-        while self._idle and self._idle[0].idle_since_ns < before_ns:
-            self._idle.pop(0).close()
+        while self.idle and self.idle[0].idle_since_ns < before_ns:
+            self.idle.pop(0).close()
 
     def close(self) -> None:
         for task in self._connecting:
             task.cancel()
-        for connection in self._idle:
+        for connection in self.idle:
             connection.close()
-        self._idle.clear()
+        self.idle.clear()
 
     async def _open(self, exchange: Exchange) -> None:
         connection = WorkerConnection(self)
@@ -104,6 +105,7 @@ class Pool:
             )
         else:
             if exchange.is_over:  # cancelled meanwhile: the connection is as good as new
-                self.give_back(connection, monotonic_ns())
+                connection.idle_since_ns = monotonic_ns()
+                self.idle.append(connection)
             else:
                 exchange.connected(connection)

@@ -14,14 +14,14 @@ from warmroute._core import BadRequest, OutcomeKind, RegionBusy, UnknownModel
 from warmroute.dataplane.admission import QueueFull
 from warmroute.dataplane.leased_exchange import LeasedExchange
 from warmroute.dataplane.pool import ConnectFailure
+from warmroute.dataplane.setbacks import Setbacks
 from warmroute.errors import ErrorCode, stream_error
 from warmroute.retry import RETRYABLE_STATUSES, Failure, Retries
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
-    from warmroute._core import Lease, RequestHead, ResponseHead
+    from warmroute._core import Lease, RequestHead, Response
     from warmroute.dataplane.client_connection import ClientConnection
     from warmroute.dataplane.plane import DataPlane
     from warmroute.dataplane.worker_connection import WorkerConnection
@@ -34,42 +34,42 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class RoutedExchange(LeasedExchange):
-    __slots__ = ("_failure", "_held", "_is_admitted", "_not_before_ns", "_retries", "_splice", "_timer")
+    __slots__ = ("_is_admitted", "_setbacks")
 
-    _splice: tuple[int, bytes] | None
-
-    def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
-        LeasedExchange.__init__(self, plane, client, head, body, now_ns)  # what super() costs shows
-        self._is_admitted = False
-        self._not_before_ns = 0
-        self._retries: Retries | None = None
-        self._failure: tuple[ErrorCode, str] | None = None
-        self._held: list[bytes] | None = None  # body of an answer that may still be replaced by another worker's
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self, now_ns: int) -> None:
-        plane = self._plane
-        lease = None
+    def start(self, plane: DataPlane, client: ClientConnection, head: RequestHead, data: bytes, now_ns: int) -> None:
+        """`data` begins with the request, which is there as a whole; `now_ns`: it came then."""
+        self._plane = plane
+        self._client = client
+        self.head = head
+        self._data = data
+        self.accepted_ns = now_ns
+        self._connection = None
+        self.response = None
+        self._ends_with_a_chunk = False
+        self.is_over = False
+        self._setbacks: Setbacks | None = None
+        self._is_admitted = True  # or has no need to be
+        self._lease = lease = None
         try:
             if plane.decides_at_once:
-                self._request, lease = plane.core.route(self._head, self._body, now_ns)
+                self._request, lease, slot, incarnation = plane.core.route(head, data, now_ns)
             else:
-                self._request = plane.core.read_request(self._head, self._body, now_ns)
+                self._request = plane.core.read_request(head, data, now_ns)
         except BadRequest as error:
             message, param = error.args
             self.is_over = True
-            self._client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
+            client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
             return
-        plane.buffered_bytes += len(self._body)
+        plane.buffered_bytes += len(data)
         admission = plane.admission
         if admission is None:
-            self._is_admitted = True
             plane.retry_budget.requests += 1
             if lease is None:
                 self._attempt(now_ns, allow_failed=False)
             else:
-                self._try(lease, now_ns)
+                self._try(lease, slot, incarnation, now_ns)
             return
+        self._is_admitted = False
         try:
             if admission.enter(self, now_ns):
                 self.admitted(now_ns)
@@ -88,16 +88,19 @@ class RoutedExchange(LeasedExchange):
     def waited_too_long(self) -> None:
         self._answer_error(ErrorCode.QUEUE_TIMEOUT, "The request waited too long for its turn; try again")
 
-    def _ended(self, status: int, now_ns: int) -> None:
-        LeasedExchange._ended(self, status, now_ns)
-        admission = self._plane.admission
+    def _ended(self) -> None:
+        self.is_over = True
+        self._connection = None
+        plane = self._plane
+        plane.buffered_bytes -= len(self._data)
+        admission = plane.admission
         if admission is None:
             return
         if self._is_admitted:
             self._is_admitted = False
-            self._plane.surely(admission.leave)
+            plane.surely(admission.leave)
         else:
-            self._plane.surely(lambda: admission.withdraw(self))
+            plane.surely(lambda: admission.withdraw(self))
 
     # -- attempts
 
@@ -109,7 +112,7 @@ class RoutedExchange(LeasedExchange):
                 plane.decision_log.sample(self._request, self.request_id, now_ns)
             lease = plane.core.select(self._request, now_ns, False)
             if lease is None and allow_failed:
-                if self._not_before_ns > now_ns:
+                if self._set_back().not_before_ns > now_ns:
                     self._wait_for_the_failed(now_ns)
                     return
                 lease = plane.core.select(self._request, now_ns, True)
@@ -124,48 +127,56 @@ class RoutedExchange(LeasedExchange):
         if lease is None:
             self._nobody(now_ns)
             return
-        self._try(lease, now_ns)
+        self._try(lease, lease.slot, lease.incarnation, now_ns)
 
-    def _try(self, lease: Lease, now_ns: int) -> None:
+    def _try(self, lease: Lease, slot: int, incarnation: int, now_ns: int) -> None:
         """A worker is chosen: ask the pool for a connection to it."""
         plane = self._plane
-        slot, incarnation, self._splice = lease.terms
         address = plane.directory.address(slot, incarnation)
         if address is None:  # the worker left between the two calls
             lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, now_ns)
             self._failed(Failure.NOT_SENT, ErrorCode.NO_AVAILABLE_WORKERS, "The worker was removed; try again")
             return
         self._lease = lease
-        self._selected_ns = now_ns
         self._address = address
-        self._attempts += 1
         self._may_resend = True
-        self._pool = plane.pools.get(address.worker_id) or plane.new_pool(address)
-        self._pool.assign(self)
+        self._pool = pool = plane.pools.get(address.worker_id) or plane.new_pool(address)
+        connection = pool.take()
+        if connection is None:
+            pool.open(self)
+        else:
+            self.connected(connection)
+
+    def _set_back(self) -> Setbacks:
+        if self._setbacks is None:
+            self._setbacks = Setbacks()
+        return self._setbacks
 
     def _nobody(self, now_ns: int) -> None:
         """No worker can take it now."""
-        if self._retries is None:
+        setbacks = self._setbacks
+        if setbacks is None or setbacks.retries is None:
             self._answer_error(ErrorCode.NO_AVAILABLE_WORKERS, "No worker is available; try again")
             return
-        failure = Failure.BAD_STATUS if self._held is not None else self._last_failure()
-        decision = self._retries.nobody_left(failure)
+        retries = setbacks.retries
+        if setbacks.held is not None:
+            failure = Failure.BAD_STATUS
+        else:
+            failure = Failure.NO_ANSWER if retries.unanswered else Failure.NOT_SENT
+        decision = retries.nobody_left(failure)
         if decision is None:
             self._give_up()
         else:
             self._later(decision.delay_seconds, decision.allow_failed)
 
-    def _last_failure(self) -> Failure:
-        assert self._retries is not None
-        return Failure.NO_ANSWER if self._retries.unanswered else Failure.NOT_SENT
-
     def _failed(self, failure: Failure, code: ErrorCode, message: str) -> None:
         """An attempt came to nothing before the commit: another one, later or never."""
         plane = self._plane
-        self._failure = (code, message)
-        if self._retries is None:
-            self._retries = Retries(plane.retry_policy, plane.retry_budget, plane.generator)
-        decision = self._retries.after(failure)
+        setbacks = self._set_back()
+        setbacks.failure = (code, message)
+        if setbacks.retries is None:
+            setbacks.retries = Retries(plane.retry_policy, plane.retry_budget, plane.generator)
+        decision = setbacks.retries.after(failure)
         if decision is None:
             self._give_up()
         elif decision.delay_seconds:
@@ -174,43 +185,46 @@ class RoutedExchange(LeasedExchange):
             self._attempt(monotonic_ns(), allow_failed=decision.allow_failed)
 
     def _later(self, seconds: float, allow_failed: bool) -> None:
-        self._timer = self._plane.loop.call_later(seconds, self._again, allow_failed)
+        self._set_back().timer = self._plane.loop.call_later(seconds, self._again, allow_failed)
 
     def _again(self, allow_failed: bool) -> None:
-        self._timer = None
+        self._set_back().timer = None
         self._attempt(monotonic_ns(), allow_failed=allow_failed)
 
     def _wait_for_the_failed(self, now_ns: int) -> None:
         """Nobody else is left, and a worker has said (`Retry-After`) that it will not answer before."""
-        seconds = (self._not_before_ns - now_ns) / 1e9
+        seconds = (self._set_back().not_before_ns - now_ns) / 1e9
         if seconds > self._plane.retry_policy.max_backoff_seconds:
             self._give_up()
         else:
             self._later(seconds, allow_failed=True)
 
     def _give_up(self) -> None:
-        if self._held_head is not None:  # the last answer a worker gave, as it gave it
-            body = b"".join(self._held or ())
-            self._relay(self._held_head, body, monotonic_ns())
+        setbacks = self._set_back()
+        held = setbacks.held
+        if held is not None:  # the last answer a worker gave, as it gave it
+            held.held_until(monotonic_ns())
+            write = self._relay(held, setbacks.held_in)
+            for part in setbacks.held_parts[1:]:
+                write(part)
             self._end_relay()
-            self._finish(self._held_head.status)
+            self._finish(held.status)
             self._client.exchange_ended()
             return
-        assert self._failure is not None
-        self._answer_error(*self._failure)
+        assert setbacks.failure is not None
+        self._answer_error(*setbacks.failure)
 
     # -- what the upstream connection tells
 
     def connected(self, connection: WorkerConnection) -> None:
         self._connection = connection
-        body = self._body
-        if self._splice is not None:
-            offset, inserted = self._splice
-            body = body[:offset] + inserted + body[offset:]
+        lease: Lease = self._lease  # type: ignore[assignment]  # a request that is sent has one
         address = self._address
         authorization = address.authorization or self._plane.worker_authorization
-        head = self._head.to_worker(address.host_header, authorization, self.request_id, len(body))
-        connection.send(self, head, body)
+        first, rest = lease.to_worker(self.head, address.host_header, authorization, self._data)
+        connection.send(self, first)
+        if rest is not None:
+            connection.transport.write(rest)
 
     def connect_failed(self, reason: str, failure: ConnectFailure) -> None:
         if self.is_over:
@@ -232,49 +246,52 @@ class RoutedExchange(LeasedExchange):
         self._release(OutcomeKind.NO_ANSWER, 0, None)
         self._failed(Failure.NO_ANSWER, code, f"The worker did not answer: {reason}")
 
-    def response_began(self, head: ResponseHead, status: int, rest: bytes, now_ns: int) -> Callable[[bytes], object]:
+    def response_began(self, response: Response, status: int, data: bytes) -> Callable[[bytes], object]:
         if (
             status in RETRYABLE_STATUSES
             and self._plane.retry_policy.enabled
-            and head.content_length <= MAX_HELD_BODY_BYTES
+            and response.content_length <= MAX_HELD_BODY_BYTES
         ):
-            self._held_head = head
-            self._held = [rest]
+            setbacks = self._set_back()
+            setbacks.held = response
+            setbacks.held_in = data
+            setbacks.held_parts = [response.body_in(data)]
             return self._hold
-        self._held_head = None
-        self._held = None
-        # It will not be sent again: a long stream needs no prompt.
-        self._plane.buffered_bytes -= len(self._body)
-        self._body = b""
-        return self._relay(head, rest, now_ns)
+        if self._setbacks is not None:
+            self._setbacks.let_go()
+        return self._relay(response, data)
+
+    def response_goes_on(self) -> None:
+        if self.response is not None:  # it will not be sent again: a long stream needs no prompt
+            self._plane.buffered_bytes -= len(self._data)
+            self._data = b""
 
     def _hold(self, data: bytes) -> None:
-        assert self._held is not None
-        self._held.append(data)
-        if sum(map(len, self._held)) > MAX_HELD_BODY_BYTES and self._connection is not None:
+        parts = self._set_back().held_parts
+        parts.append(data)
+        if sum(map(len, parts)) > MAX_HELD_BODY_BYTES and self._connection is not None:
             self._connection.abort()
             self.response_broke(self._connection, "an error body without end")
 
-    def response_ended(self, connection: WorkerConnection) -> None:
-        self._connection = None
-        held_head = self._held_head
-        if held_head is not None and self.response is None:
-            self._release(OutcomeKind.ANSWERED, held_head.status, connection)
-            if held_head.retry_after_seconds > 0:
-                self._not_before_ns = monotonic_ns() + held_head.retry_after_seconds * 10**9
-            self._failed(Failure.BAD_STATUS, ErrorCode.UPSTREAM_ERROR, f"The worker answered with {held_head.status}")
+    def response_ended(self, connection: WorkerConnection, now_ns: int) -> None:
+        if self.response is None:  # it is held
+            self._connection = None
+            response = connection.response
+            status = response.status
+            self._release(OutcomeKind.ANSWERED, status, connection)
+            if response.retry_after_seconds > 0:
+                self._set_back().not_before_ns = now_ns + response.retry_after_seconds * 10**9
+            self._failed(Failure.BAD_STATUS, ErrorCode.UPSTREAM_ERROR, f"The worker answered with {status}")
             return
-        assert self.response is not None
-        status = self.response.status
         if self._ends_with_a_chunk:
             self._end_relay()
-        self._complete(status, connection)
+        self._complete(connection, now_ns)
         self._client.exchange_ended()
 
     def response_broke(self, connection: WorkerConnection, reason: str) -> None:
         self._connection = None
         if self.response is None:  # broke off while it was held: nothing was committed
-            self._held = self._held_head = None
+            self._set_back().let_go()
             self._unanswered(reason)
             return
         self._release(OutcomeKind.BROKEN_STREAM, self.response.status, connection)
@@ -284,11 +301,11 @@ class RoutedExchange(LeasedExchange):
     def _break_off(self, connection: WorkerConnection, code: ErrorCode, message: str) -> None:
         """End what has begun so that nobody takes it for whole: an error event where there is a dialect, then close."""
         self._finish(code.status)
-        if self._request.stream and not self._head.http_1_0 and self.response is not None and self.response.chunked:
+        if self._request.stream and not self.head.http_1_0 and self.response is not None and self.response.chunked:
             # The worker's last chunk may be cut: fill it with newlines, which SSE ignores, so that the event can be
             # read.
             event = b"\n\n" + stream_error(code, message)
-            missing = connection.reader.open_chunk_bytes
+            missing = connection.response.open_chunk_bytes
             if missing >= 0:
                 filler = b"\n" * (missing - 2) + b"\r\n" if missing >= 2 else b"\n"[:missing]
                 self._client.write(filler + b"%x\r\n%b\r\n" % (len(event), event))
@@ -309,8 +326,8 @@ class RoutedExchange(LeasedExchange):
             self.timed_out()
         elif connection is None:
             return
-        elif self.response is None and self._held_head is None:
-            if now_ns - self._selected_ns >= times.first_byte_ns:
+        elif self.response is None and (self._setbacks is None or self._setbacks.held is None):
+            if self._lease is not None and now_ns - self._lease.selected_ns >= times.first_byte_ns:
                 connection.abort()
                 reason = f"not a byte within {times.first_byte_ns / 1e9:g} s"
                 self._unanswered(reason, ErrorCode.UPSTREAM_FIRST_BYTE_TIMEOUT)
@@ -336,9 +353,10 @@ class RoutedExchange(LeasedExchange):
             self._answer_error(code, message)
 
     def _drop_attempt(self, kind: OutcomeKind) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        setbacks = self._setbacks
+        if setbacks is not None and setbacks.timer is not None:
+            setbacks.timer.cancel()
+            setbacks.timer = None
         connection = self._connection
         if connection is not None:
             connection.abort()

@@ -15,7 +15,7 @@ from warmroute._core import BadHead
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from warmroute._core import BodyReader
+    from warmroute._core import Response
     from warmroute.dataplane.exchange import Exchange
     from warmroute.dataplane.pool import Pool
 
@@ -29,18 +29,17 @@ class WorkerConnection(asyncio.Protocol):
         "_pending",
         "_pool",
         "_resumed_ns",
-        "_reusable",
         "_write",
         "exchange",
         "idle_since_ns",
-        "is_reused",
-        "reader",
+        "response",
         "transport",
-        "was_used",
+        "uses",
     )
 
     transport: asyncio.Transport
-    reader: BodyReader
+    response: Response
+    """To the request that it has, or had last, once its head is complete."""
     _write: Callable[[bytes], object]
 
     def __init__(self, pool: Pool) -> None:
@@ -48,13 +47,11 @@ class WorkerConnection(asyncio.Protocol):
         self.exchange: Exchange | None = None
         self._feed: Callable[[bytes, int], int] | None = None  # None: the head is not complete
         self._pending = b""
-        self._reusable = False
-        self.was_used = False
+        self.uses = 0
+        """Exchanges that it has had, with the one that it has."""
         self.idle_since_ns = 0
         self._paused_ns = 0
         self._resumed_ns = 0
-        self.is_reused = False
-        """Whether the exchange that it has was not its first."""
 
     def __repr__(self) -> str:
         phase = "idle" if self.exchange is None else "waiting" if self._feed is None else "relaying"
@@ -62,13 +59,10 @@ class WorkerConnection(asyncio.Protocol):
 
     # -- from the exchange
 
-    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+    def send(self, exchange: Exchange, message: bytes) -> None:
         self.exchange = exchange
-        self.is_reused = self.was_used
-        if len(body) < 16384:  # one copy is cheaper than one more buffer in the kernel's list
-            self.transport.write(head + body)
-        else:
-            self.transport.writelines((head, body))
+        self.uses += 1
+        self.transport.write(message)
 
     def pause(self) -> None:
         """The client is slow."""
@@ -84,7 +78,7 @@ class WorkerConnection(asyncio.Protocol):
         """For how long the worker has sent nothing of an answer that it has begun, though it could have."""
         if self._feed is None or self._paused_ns:
             return 0
-        return now_ns - max(self.reader.last_ns, self._resumed_ns)
+        return now_ns - max(self.response.last_ns, self._resumed_ns)
 
     def abort(self) -> None:
         """The exchange is over before the response is: the worker sees a reset and stops working on it."""
@@ -102,11 +96,12 @@ class WorkerConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         feed = self._feed
+        now_ns = monotonic_ns()
         if feed is None:
-            self._head_received(data)
+            self._head_received(data, now_ns)
             return
         try:
-            end = feed(data, monotonic_ns())
+            end = feed(data, now_ns)
         except BadHead as error:
             self._fail(str(error.args[1]))
             return
@@ -114,7 +109,7 @@ class WorkerConnection(asyncio.Protocol):
             self._write(data)
         else:
             self._write(data if end == len(data) else data[:end])
-            self._response_ended(clean=end == len(data))
+            self._response_ended(end == len(data) and self.response.keep_alive, now_ns)
 
     def eof_received(self) -> bool:
         return False  # close the transport; connection_lost tells the exchange
@@ -124,50 +119,55 @@ class WorkerConnection(asyncio.Protocol):
         if exchange is None:
             self._pool.forget(self)
             return
-        if self._feed is not None and self.reader.end_of_file():
-            self._response_ended(clean=False)
+        if self._feed is not None and self.response.end_of_file():
+            self._response_ended(False, monotonic_ns())
             return
         self._fail(str(exc) if exc else "connection closed by the worker")
 
     # -- steps
 
-    def _head_received(self, data: bytes) -> None:
+    def _head_received(self, data: bytes, now_ns: int) -> None:
         exchange = self.exchange
         if exchange is None:
             # Nobody asked. A worker that times out an idle connection may say so before it closes it.
             self._pool.forget(self)
             self.transport.abort()
             return
-        data = self._pending + data if self._pending else data
-        now_ns = monotonic_ns()
+        if self._pending:
+            data = self._pending + data
         try:
-            begun = self._pool.parser.begin_response(data, exchange.is_head_request, now_ns)
+            begun = self._pool.parser.begin_response(data, exchange.head, now_ns)
         except BadHead as error:
             self._fail(str(error.args[1]))
             return
         if begun is None:
             self._pending = data
             return
-        self._pending = b""
-        head, status, self.reader, rest, surplus, self._reusable = begun
-        self._feed = self.reader.feed
-        self._write = exchange.response_began(head, status, rest, now_ns)
-        if surplus >= 0:
-            self._response_ended(clean=surplus == 0)
+        if self._pending:
+            self._pending = b""
+        self.response, status, can_stay = begun
+        if can_stay is None:
+            self._feed = self.response.feed
+            self._write = exchange.response_began(self.response, status, data)
+            exchange.response_goes_on()
+        else:
+            exchange.response_began(self.response, status, data)
+            self._response_ended(can_stay, now_ns)
 
-    def _response_ended(self, *, clean: bool) -> None:
+    def _response_ended(self, can_stay: bool, now_ns: int) -> None:
+        """`can_stay`: as far as the response is concerned, another one may follow it."""
         exchange = self.exchange
         if exchange is None:  # the write above lost the client, and with it the exchange
             return
         self.exchange = None
         self._feed = None
-        self.was_used = True
         # An answer that came before the request was sent whole leaves a rest that would be read as the next request.
-        if self._reusable and clean and not self.transport.is_closing() and not self.transport.get_write_buffer_size():
-            self._pool.give_back(self, self.reader.last_ns)
+        if can_stay and not self.transport.get_write_buffer_size():
+            self.idle_since_ns = now_ns
+            self._pool.idle.append(self)
         else:
             self.transport.close()
-        exchange.response_ended(self)
+        exchange.response_ended(self, now_ns)
 
     def _fail(self, reason: str) -> None:
         exchange = self.exchange
@@ -179,4 +179,4 @@ class WorkerConnection(asyncio.Protocol):
         if began:
             exchange.response_broke(self, reason)
         else:
-            exchange.not_answered(reason, stale=self.was_used and not self._pending)
+            exchange.not_answered(reason, stale=self.uses > 1 and not self._pending)

@@ -65,6 +65,14 @@ pub(super) enum FieldName {
 
 impl FieldName {
     fn of(name: &[u8]) -> Self {
+        if name.len() > LONGEST_NAME {
+            return Self::of_unknown(name);
+        }
+        // In one go for all letters, whatever the length: the comparisons below are then plain ones.
+        let mut lower = [0; LONGEST_NAME];
+        lower[..name.len()].copy_from_slice(name);
+        lower.make_ascii_lowercase();
+        let name = &lower[..name.len()];
         // By length first: at most three comparisons for any name.
         let candidates: &[(&[u8], FieldName)] = match name.len() {
             2 => &[(b"te", FieldName::HopByHop)],
@@ -99,16 +107,23 @@ impl FieldName {
             _ => &[],
         };
         for &(candidate, meaning) in candidates {
-            if name.eq_ignore_ascii_case(candidate) {
+            if name == candidate {
                 return meaning;
             }
         }
+        Self::of_unknown(name)
+    }
+
+    fn of_unknown(name: &[u8]) -> Self {
         match name.get(..ROUTER_PREFIX.len()) {
             Some(prefix) if prefix.eq_ignore_ascii_case(ROUTER_PREFIX) => FieldName::Router,
             _ => FieldName::Other,
         }
     }
 }
+
+/// Longer than every name that is known, and a length that is quickly filled and compared.
+const LONGEST_NAME: usize = 32;
 
 const ROUTER_PREFIX: &[u8] = b"x-warmroute-";
 
@@ -238,8 +253,24 @@ pub(super) fn digits(value: &[u8]) -> Option<u64> {
 
 /// Whether no byte of `value` could end or extend the authority it stands for. Empty is allowed (RFC 9110 section 7.2).
 pub(super) fn is_authority(value: &[u8]) -> bool {
-    value.iter().all(|byte| byte.is_ascii_graphic() && !b"/\\@,#?\"<>'`{}|^".contains(byte))
+    value.iter().all(|&byte| IN_AUTHORITY[byte as usize])
 }
+
+const IN_AUTHORITY: [bool; 256] = {
+    let mut allowed = [false; 256];
+    let mut byte = b'!';
+    while byte <= b'~' {
+        allowed[byte as usize] = true;
+        byte += 1;
+    }
+    let refused = b"/\\@,#?\"<>'`{}|^";
+    let mut i = 0;
+    while i < refused.len() {
+        allowed[refused[i] as usize] = false;
+        i += 1;
+    }
+    allowed
+};
 
 /// `token` of RFC 9110 section 5.6.2.
 pub(super) fn is_token(name: &[u8]) -> bool {
@@ -253,5 +284,5 @@ pub(super) fn is_token_byte(byte: u8) -> bool {
 /// Whether each of a head's `lines` ends with CRLF. httparse takes a bare LF as well, but no CR that is not part of a CRLF,
 /// so it is enough to count.
 pub(super) fn all_lines_end_with_crlf(head: &[u8], lines: usize) -> bool {
-    head.iter().filter(|&&byte| byte == b'\r').count() == lines
+    memchr::memchr_iter(b'\r', head).count() == lines
 }

@@ -65,8 +65,25 @@ impl ResponseHead {
 
     /// The head for the client: the worker's status line and end-to-end fields, framing, then the lines in `extra`.
     pub fn to_client(&self, extra: &[u8], keep_alive: bool, chunked: bool) -> Vec<u8> {
-        // 64 covers the lines written here.
         let mut head = Vec::with_capacity(self.head.len() + extra.len() + 64);
+        self.begin_to_client(&mut head, keep_alive, chunked);
+        head.extend_from_slice(extra);
+        head.extend_from_slice(b"\r\n");
+        head
+    }
+
+    /// The same behind what `answer` holds, with the name of the request as the only line of the router's own, and `body`.
+    pub fn write_to_client(&self, answer: &mut Vec<u8>, request_id: &[u8], keep_alive: bool, body: &[u8]) {
+        answer.reserve(self.head.len() + request_id.len() + body.len() + 96);
+        self.begin_to_client(answer, keep_alive, self.chunked);
+        answer.extend_from_slice(b"x-request-id: ");
+        answer.extend_from_slice(request_id);
+        answer.extend_from_slice(b"\r\n\r\n");
+        answer.extend_from_slice(body);
+    }
+
+    /// All but the router's own lines.
+    fn begin_to_client(&self, head: &mut Vec<u8>, keep_alive: bool, chunked: bool) {
         head.extend_from_slice(b"HTTP/1.1 ");
         let status_and_reason = self.status_and_reason.from(&self.head);
         head.extend_from_slice(status_and_reason);
@@ -85,9 +102,6 @@ impl ResponseHead {
         if !keep_alive {
             head.extend_from_slice(b"connection: close\r\n");
         }
-        head.extend_from_slice(extra);
-        head.extend_from_slice(b"\r\n");
-        head
     }
 
     fn number(&self, name: FieldName) -> Option<u64> {

@@ -1,6 +1,7 @@
 //! What a request line asks for, and the forms a target can have (RFC 9112 section 3.2).
 
 use super::fields;
+use crate::prompt::Endpoint;
 
 /// What a request line asks for, as far as the data plane cares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +37,17 @@ impl Route {
 
     /// Whether it goes to a worker.
     pub fn is_routed(self) -> bool {
-        matches!(self, Route::Chat | Route::Completions | Route::Generate)
+        self.endpoint().is_some()
+    }
+
+    /// What of a worker is asked for, if a worker is.
+    pub fn endpoint(self) -> Option<Endpoint> {
+        match self {
+            Route::Chat => Some(Endpoint::Chat),
+            Route::Completions => Some(Endpoint::Completions),
+            Route::Generate => Some(Endpoint::Generate),
+            Route::Health | Route::Liveness | Route::Readiness | Route::Control => None,
+        }
     }
 }
 

@@ -41,13 +41,14 @@ impl UsageTail {
     pub(super) fn usage(&self) -> Usage {
         let mut usage = Usage::default();
         let tail = &self.bytes[self.bytes.len().saturating_sub(KEPT_BYTES)..];
-        for end in (0..tail.len()).rev().filter(|&at| tail[at] == b'"') {
-            let key = &tail[..end];
-            let count = if key.ends_with(b"\"prompt_tokens") {
+        for end in memchr::memrchr_iter(b'"', tail) {
+            // Most quotes end something else: one comparison for those.
+            let Some(key) = tail[..end].strip_suffix(b"_tokens") else { continue };
+            let count = if key.ends_with(b"\"prompt") {
                 &mut usage.prompt_tokens
-            } else if key.ends_with(b"\"completion_tokens") {
+            } else if key.ends_with(b"\"completion") {
                 &mut usage.completion_tokens
-            } else if key.ends_with(b"\"cached_tokens") {
+            } else if key.ends_with(b"\"cached") {
                 &mut usage.cached_tokens
             } else {
                 continue;

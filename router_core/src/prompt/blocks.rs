@@ -85,7 +85,8 @@ pub(super) struct BlockStream<'r> {
 impl<'r> BlockStream<'r> {
     pub(super) fn new(hash: &'r BlockHash, limit: usize) -> Self {
         // Room for a short prompt at once, and not in three steps.
-        let (partial, blocks) = (Vec::with_capacity(block_length(0, limit)), Vec::with_capacity(SHORT_PROMPT_BLOCKS));
+        let (partial, blocks) =
+            (Vec::with_capacity(block_length(SHORT_PROMPT_BLOCKS, limit)), Vec::with_capacity(SHORT_PROMPT_BLOCKS));
         Self { hash, limit, partial, blocks, answers: Vec::new(), text_bytes: 0 }
     }
 

@@ -10,6 +10,7 @@ use pyo3::exceptions::{PyAssertionError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
+use super::Nanoseconds;
 use super::http1::RequestHead;
 use super::request::{Lease, RoutedRequest};
 use super::views::{Counters, Explanation, RequestSeries, TargetInfo, Transition};
@@ -210,18 +211,32 @@ impl Core {
         Ok(RoutedRequest(self.router.read(endpoint, routing_headers, body, now_ns)?))
     }
 
-    /// As `read`, of a head that was parsed here.
-    #[pyo3(signature = (head, body, now_ns, /))]
-    fn read_request(&self, head: &RequestHead, body: &[u8], now_ns: u64) -> PyResult<RoutedRequest> {
-        self.read(head.0.path(), &head.0.routing_headers(), body, now_ns)
+    /// As `read`, of bytes that begin with a head that was parsed here.
+    #[pyo3(signature = (head, data, now_ns, /))]
+    fn read_request(&self, head: &RequestHead, data: &[u8], now_ns: Nanoseconds) -> PyResult<RoutedRequest> {
+        let unrouted = || PyValueError::new_err("not a routed path");
+        let endpoint = head.head.route().endpoint().ok_or_else(unrouted)?;
+        Ok(RoutedRequest(self.router.read(
+            endpoint,
+            &head.head.routing_headers(),
+            head.head.body_in(data),
+            now_ns.0,
+        )?))
     }
 
-    /// `read_request`, and `select` if that gives a lease at once; if not, ask it again what the matter is.
-    #[pyo3(signature = (head, body, now_ns, /))]
-    fn route(&self, head: &RequestHead, body: &[u8], now_ns: u64) -> PyResult<(RoutedRequest, Option<Lease>)> {
-        let request = self.read_request(head, body, now_ns)?;
-        let lease = self.router.select(&request.0, now_ns, false).ok().flatten();
-        Ok((request, lease.map(Lease)))
+    /// `read_request`, and `select` if that gives a lease at once, with its slot and incarnation; if not, ask it again what the matter is.
+    #[pyo3(signature = (head, data, now_ns, /))]
+    fn route(
+        &self,
+        head: &RequestHead,
+        data: &[u8],
+        now_ns: Nanoseconds,
+    ) -> PyResult<(RoutedRequest, Option<Lease>, u16, u64)> {
+        let accepted_ns = now_ns.0;
+        let request = self.read_request(head, data, now_ns)?;
+        let lease = self.router.select(&request.0, accepted_ns, false).ok().flatten().map(Lease);
+        let (slot, incarnation) = lease.as_ref().map(Lease::place).unwrap_or_default();
+        Ok((request, lease, slot, incarnation))
     }
 
     #[pyo3(signature = (request, now_ns, allow_failed, /))]

@@ -1,9 +1,12 @@
 //! `http` part of `warmroute._core`: heads, bodies, chunks.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::{Nanoseconds, written};
 use crate::http1;
 
 pyo3::create_exception!(
@@ -17,9 +20,8 @@ pub(crate) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("BadHead", m.py().get_type::<BadHead>())?;
     m.add_class::<Route>()?;
     m.add_class::<RequestHead>()?;
-    m.add_class::<ResponseHead>()?;
+    m.add_class::<Response>()?;
     m.add_class::<HeadParser>()?;
-    m.add_class::<BodyReader>()?;
     m.add_class::<ChunkDecoder>()
 }
 
@@ -66,320 +68,215 @@ impl From<http1::Route> for Route {
 }
 
 #[pyclass(module = "warmroute._core", frozen)]
-pub(super) struct RequestHead(pub(super) http1::RequestHead);
+pub(super) struct RequestHead {
+    pub(super) head: http1::RequestHead,
+    /// Its name where the client gave none.
+    made_id: Vec<u8>,
+    is_authorized: bool,
+}
+
+impl RequestHead {
+    pub(super) fn id(&self) -> &[u8] {
+        self.head.request_id().unwrap_or(&self.made_id)
+    }
+}
 
 #[pymethods]
 impl RequestHead {
     #[getter]
     fn method(&self) -> &str {
-        self.0.method()
+        self.head.method()
     }
 
     /// Without the query.
     #[getter]
     fn path<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, self.0.path())
+        PyBytes::new(py, self.head.path())
     }
 
     #[getter]
     fn route(&self) -> Route {
-        self.0.route().into()
+        self.head.route().into()
     }
 
     /// CHAT, COMPLETIONS or GENERATE.
     #[getter]
     fn is_routed(&self) -> bool {
-        self.0.route().is_routed()
+        self.head.route().is_routed()
     }
 
     /// Bytes of the head, the empty line included.
     #[getter]
     fn size(&self) -> usize {
-        self.0.size()
+        self.head.size()
     }
 
     /// -1: none given.
     #[getter]
     fn content_length(&self) -> i64 {
-        or_minus_one(self.0.content_length())
+        or_minus_one(self.head.content_length())
     }
 
     #[getter]
     fn chunked(&self) -> bool {
-        self.0.chunked()
+        self.head.chunked()
     }
 
     #[getter]
     fn keep_alive(&self) -> bool {
-        self.0.keep_alive()
-    }
-
-    /// (keep_alive, size, chunked, content_length), which are asked for together.
-    #[getter]
-    fn framing(&self) -> (bool, usize, bool, i64) {
-        (self.keep_alive(), self.size(), self.chunked(), self.content_length())
+        self.head.keep_alive()
     }
 
     #[getter]
     fn http_1_0(&self) -> bool {
-        self.0.http_1_0()
+        self.head.http_1_0()
     }
 
     #[getter]
     fn expect_continue(&self) -> bool {
-        self.0.expect_continue()
+        self.head.expect_continue()
     }
 
-    /// The first of the configured headers that the client sent.
+    /// What the request is called, here and at the worker: the first of the configured headers that the client sent, else a name
+    /// made here.
     #[getter]
-    fn request_id<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
-        self.0.request_id().map(|value| PyBytes::new(py, value))
+    fn request_id<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.id())
     }
 
     #[getter]
     fn authorization<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
-        self.0.authorization().map(|value| PyBytes::new(py, value))
+        self.head.authorization().map(|value| PyBytes::new(py, value))
     }
 
-    /// Whether that is its `authorization`; takes as long for every answer.
-    #[pyo3(signature = (expected, /))]
-    fn bears(&self, expected: &[u8]) -> bool {
-        let given = self.0.authorization().unwrap_or_default();
-        let differences = given.iter().zip(expected).fold(0, |all, (one, other)| all | (one ^ other));
-        std::hint::black_box(differences) == 0 && given.len() == expected.len()
-    }
-
-    /// The client's name for the request, else one made of `prefix` and `number`.
-    #[pyo3(signature = (prefix, number, /))]
-    fn request_id_or<'py>(&self, py: Python<'py>, prefix: &[u8], number: u32) -> Bound<'py, PyBytes> {
-        if let Some(id) = self.0.request_id() {
-            return PyBytes::new(py, id);
-        }
-        let mut id = Vec::with_capacity(prefix.len() + 8);
-        id.extend_from_slice(prefix);
-        let digit = |shift: u32| b"0123456789abcdef"[(number >> shift & 0xF) as usize];
-        id.extend((0..8).rev().map(|place| digit(4 * place)));
-        PyBytes::new(py, &id)
+    /// Whether it bears the key that the router wants, if it wants one.
+    #[getter]
+    fn is_authorized(&self) -> bool {
+        self.is_authorized
     }
 
     /// The header lines that policies read, with lower-case names; empty as a rule.
     #[getter]
     fn routing_headers<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.0.routing_headers())
+        PyBytes::new(py, &self.head.routing_headers())
     }
 
-    /// The head to send to a worker.
-    #[pyo3(signature = (host, authorization, request_id, content_length, /))]
-    fn to_worker<'py>(
-        &self,
-        py: Python<'py>,
-        host: &[u8],
-        authorization: Option<&[u8]>,
-        request_id: &[u8],
-        content_length: i64,
-    ) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.0.to_worker(host, authorization, request_id, length_or_none(content_length)))
+    /// Its body, in the bytes that begin with it.
+    #[pyo3(signature = (data, /))]
+    fn body_in<'py>(&self, py: Python<'py>, data: &[u8]) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.head.body_in(data))
     }
 
     /// The head to send to the control app.
     #[pyo3(signature = (content_length, /))]
     fn to_control<'py>(&self, py: Python<'py>, content_length: i64) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.0.to_control(length_or_none(content_length)))
+        PyBytes::new(py, &self.head.to_control(length_or_none(content_length)))
     }
 }
 
-#[pyclass(module = "warmroute._core", frozen)]
-pub(super) struct ResponseHead(pub(super) http1::ResponseHead);
+/// What a worker, or the control app, answers: its head, and where its body ends. The bytes of the body are not kept.
+#[pyclass(module = "warmroute._core")]
+pub(super) struct Response {
+    pub(super) head: http1::ResponseHead,
+    reader: http1::BodyReader,
+    pub(super) arrivals: http1::Arrivals,
+    /// When its head was complete.
+    pub(super) began_ns: u64,
+    /// Where its body begins in the bytes that it was found in, and where what belongs to it ends there.
+    body_at: usize,
+    body_end: usize,
+}
 
-#[pymethods]
-impl ResponseHead {
-    #[getter]
-    fn status(&self) -> u16 {
-        self.0.status()
+impl Response {
+    fn feed_at(&mut self, data: &[u8], now_ns: u64) -> Result<Option<usize>, http1::BadHead> {
+        self.arrivals.piece(data.len(), now_ns);
+        self.reader.feed(data)
     }
 
+    /// Prompt, completion and cached tokens: the worker's headers count before what stands in the last bytes of the body. -1 for what
+    /// neither says.
+    pub(super) fn tokens(&self) -> (i64, i64, i64) {
+        let usage = self.reader.usage();
+        let (prompt, cached) = match self.head.prompt_tokens() {
+            None => (usage.prompt_tokens, usage.cached_tokens),
+            given => (given, self.head.cached_tokens()),
+        };
+        (or_minus_one(prompt), or_minus_one(usage.completion_tokens), or_minus_one(cached))
+    }
+}
+
+#[pymethods]
+impl Response {
     #[getter]
-    fn size(&self) -> usize {
-        self.0.size()
+    fn status(&self) -> u16 {
+        self.head.status()
     }
 
     /// -1: none given.
     #[getter]
     fn content_length(&self) -> i64 {
-        or_minus_one(self.0.content_length())
+        or_minus_one(self.head.content_length())
     }
 
     #[getter]
     fn chunked(&self) -> bool {
-        self.0.chunked()
+        self.head.chunked()
     }
 
     /// Whether the worker's connection can be used again after this response.
     #[getter]
     fn keep_alive(&self) -> bool {
-        self.0.keep_alive()
+        self.head.keep_alive()
     }
 
-    /// Of the x-prompt-tokens header; -1 when absent or not a number.
+    /// When its head was complete.
     #[getter]
-    fn prompt_tokens(&self) -> i64 {
-        or_minus_one(self.0.prompt_tokens())
-    }
-
-    /// Of the x-cached-tokens header; -1 when absent or not a number.
-    #[getter]
-    fn cached_tokens(&self) -> i64 {
-        or_minus_one(self.0.cached_tokens())
+    fn began_ns(&self) -> u64 {
+        self.began_ns
     }
 
     /// -1 when absent or a date.
     #[getter]
     fn retry_after_seconds(&self) -> i64 {
-        or_minus_one(self.0.retry_after_seconds())
+        or_minus_one(self.head.retry_after_seconds())
     }
 
-    /// Head and `rest` as they go to a client of HTTP/1.1 that gets the body in the framing it has; None: it has none, it ends with
-    /// the connection.
-    #[pyo3(signature = (request_id, keep_alive, rest, /))]
+    /// What of `data`, in which it began, belongs to its body.
+    #[pyo3(signature = (data, /))]
+    fn body_in<'py>(&self, py: Python<'py>, data: &[u8]) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, data.get(self.body_at..self.body_end).unwrap_or_default())
+    }
+
+    /// Head and what of the body came with it in `data`, as they go to the client of `request` that gets the body in the framing it
+    /// has; None: that cannot be, since the client speaks HTTP/1.0 or the body ends with the connection.
+    #[pyo3(signature = (request, keep_alive, data, /))]
     fn as_it_is<'py>(
         &self,
         py: Python<'py>,
-        request_id: &[u8],
+        request: &RequestHead,
         keep_alive: bool,
-        rest: &[u8],
+        data: &[u8],
     ) -> Option<Bound<'py, PyBytes>> {
-        let chunked = self.0.chunked();
-        if !chunked && self.0.content_length().is_none() {
+        if request.head.http_1_0() || (!self.head.chunked() && self.head.content_length().is_none()) {
             return None;
         }
-        let mut extra = Vec::with_capacity(request_id.len() + 16);
-        extra.extend_from_slice(b"x-request-id: ");
-        extra.extend_from_slice(request_id);
-        extra.extend_from_slice(b"\r\n");
-        let mut answer = self.0.to_client(&extra, keep_alive, chunked);
-        answer.extend_from_slice(rest);
-        Some(PyBytes::new(py, &answer))
+        let body = data.get(self.body_at..self.body_end).unwrap_or_default();
+        Some(written(py, |answer| self.head.write_to_client(answer, request.id(), keep_alive, body)))
     }
 
     /// The head to send to the client.
     #[pyo3(signature = (extra, keep_alive, chunked, /))]
     fn to_client<'py>(&self, py: Python<'py>, extra: &[u8], keep_alive: bool, chunked: bool) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.0.to_client(extra, keep_alive, chunked))
-    }
-}
-
-/// Head, status, reader of the body, what has come of it, -1 while it goes on or else how many bytes were not of this response,
-/// and whether the connection can be used again.
-type BegunResponse<'py> = (Bound<'py, ResponseHead>, u16, Bound<'py, BodyReader>, Bound<'py, PyBytes>, i64, bool);
-
-#[pyclass(module = "warmroute._core", frozen)]
-struct HeadParser(http1::HeadParser);
-
-#[pymethods]
-impl HeadParser {
-    #[new]
-    #[pyo3(signature = (*, request_id_headers, max_head_bytes))]
-    fn new(request_id_headers: Vec<String>, max_head_bytes: u32) -> PyResult<Self> {
-        let parser = http1::HeadParser::new(request_id_headers, max_head_bytes);
-        parser.map(Self).map_err(|name| PyValueError::new_err(format!("not a header name: {:?}", name.0)))
-    }
-
-    /// Parse the head at the start of `data`; None: more bytes are needed. Raises BadHead (400, 431, 505).
-    #[pyo3(signature = (data, /))]
-    fn request(&self, data: &[u8]) -> PyResult<Option<RequestHead>> {
-        Ok(self.0.request(data)?.map(RequestHead))
-    }
-
-    /// As `request`, for a worker. 1xx heads are returned like others. Raises BadHead(502, ...).
-    #[pyo3(signature = (data, head_request, /))]
-    fn response(&self, data: &[u8], head_request: bool) -> PyResult<Option<ResponseHead>> {
-        Ok(self.0.response(data, head_request)?.map(ResponseHead))
-    }
-
-    /// The response at the start of `data`, behind interim ones; None: more bytes are needed. Raises BadHead(502, ...).
-    #[pyo3(signature = (data, head_request, now_ns, /))]
-    fn begin_response<'py>(
-        &self,
-        py: Python<'py>,
-        mut data: &[u8],
-        head_request: bool,
-        now_ns: u64,
-    ) -> PyResult<Option<BegunResponse<'py>>> {
-        let head = loop {
-            match self.0.response(data, head_request)? {
-                Some(head) if head.status() >= 200 => break head,
-                // It concerns this hop alone.
-                Some(interim) => data = &data[interim.size()..],
-                None => return Ok(None),
-            }
-        };
-        let mut reader = BodyReader::new(if head.chunked() {
-            http1::BodyReader::of_chunks()
-        } else if let Some(length) = head.content_length() {
-            http1::BodyReader::of_length(length)
-        } else {
-            http1::BodyReader::until_eof()
-        });
-        let rest = &data[head.size()..];
-        let (body, surplus) = match usize::try_from(reader.feed(rest, now_ns)?) {
-            Ok(end) => (&rest[..end], (rest.len() - end) as i64),
-            Err(_) => (rest, -1),
-        };
-        let (status, reusable) = (head.status(), head.keep_alive());
-        let reader = Bound::new(py, reader)?;
-        Ok(Some((Bound::new(py, ResponseHead(head))?, status, reader, PyBytes::new(py, body), surplus, reusable)))
-    }
-}
-
-/// Finds the end of a message body in a stream of bytes. The bytes themselves are not touched.
-#[pyclass(module = "warmroute._core")]
-pub(super) struct BodyReader {
-    reader: http1::BodyReader,
-    arrivals: http1::Arrivals,
-}
-
-impl BodyReader {
-    pub(super) fn arrivals(&self) -> &http1::Arrivals {
-        &self.arrivals
-    }
-
-    /// -1 for what is not found in the last bytes.
-    pub(super) fn tokens(&self) -> (i64, i64, i64) {
-        let usage = self.reader.usage();
-        (or_minus_one(usage.prompt_tokens), or_minus_one(usage.completion_tokens), or_minus_one(usage.cached_tokens))
-    }
-
-    fn new(reader: http1::BodyReader) -> Self {
-        Self { reader, arrivals: http1::Arrivals::default() }
-    }
-}
-
-#[pymethods]
-impl BodyReader {
-    #[staticmethod]
-    #[pyo3(signature = (length, /))]
-    fn of_length(length: u64) -> Self {
-        Self::new(http1::BodyReader::of_length(length))
-    }
-
-    #[staticmethod]
-    fn of_chunks() -> Self {
-        Self::new(http1::BodyReader::of_chunks())
-    }
-
-    #[staticmethod]
-    fn until_eof() -> Self {
-        Self::new(http1::BodyReader::until_eof())
+        PyBytes::new(py, &self.head.to_client(extra, keep_alive, chunked))
     }
 
     /// -1: all of `data` belongs to the body and it goes on; else how many bytes of `data` end it.
     #[pyo3(signature = (data, now_ns, /))]
-    fn feed(&mut self, data: &[u8], now_ns: u64) -> PyResult<i64> {
-        self.arrivals.piece(data.len(), now_ns);
-        Ok(or_minus_one(self.reader.feed(data)?))
+    fn feed(&mut self, data: &[u8], now_ns: Nanoseconds) -> PyResult<i64> {
+        Ok(or_minus_one(self.feed_at(data, now_ns.0)?))
     }
 
-    /// When `feed` was called last.
+    /// When the last piece came.
     #[getter]
     fn last_ns(&self) -> u64 {
         self.arrivals.last_ns()
@@ -401,9 +298,137 @@ impl BodyReader {
         self.reader.end_of_file()
     }
 
-    /// (prompt, completion, cached) tokens found in the last bytes of the body; -1 unknown.
-    fn usage(&self) -> (i64, i64, i64) {
+    /// (prompt, completion, cached) as its head, or else the last bytes of its body say; -1 unknown.
+    #[getter(tokens)]
+    fn py_tokens(&self) -> (i64, i64, i64) {
         self.tokens()
+    }
+
+    /// It was kept back until now: nobody got its first byte before.
+    #[pyo3(signature = (now_ns, /))]
+    fn held_until(&mut self, now_ns: Nanoseconds) {
+        self.began_ns = now_ns.0;
+    }
+}
+
+/// Head, whether the body is all there, what comes behind it, or else behind the head, whether the connection can be used again, and
+/// whether it is a request for a worker of somebody who may ask.
+type BegunRequest<'py> = (Bound<'py, RequestHead>, bool, Bound<'py, PyBytes>, bool, bool);
+
+/// The response, its status, and whether the connection can be used again; None: the body goes on.
+type BegunResponse<'py> = (Bound<'py, Response>, u16, Option<bool>);
+
+#[pyclass(module = "warmroute._core", frozen)]
+struct HeadParser {
+    parser: http1::HeadParser,
+    max_body_bytes: usize,
+    authorization: Option<Vec<u8>>,
+    id_prefix: Vec<u8>,
+    ids: AtomicU32,
+}
+
+impl HeadParser {
+    fn request_head(&self, head: http1::RequestHead) -> RequestHead {
+        let made_id = if head.request_id().is_some() { Vec::new() } else { self.make_id() };
+        let is_authorized = self.authorization.as_ref().is_none_or(|expected| bears(&head, expected));
+        RequestHead { head, made_id, is_authorized }
+    }
+
+    fn make_id(&self) -> Vec<u8> {
+        let number = self.ids.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let mut id = Vec::with_capacity(self.id_prefix.len() + 8);
+        id.extend_from_slice(&self.id_prefix);
+        let digit = |shift: u32| b"0123456789abcdef"[(number >> shift & 0xF) as usize];
+        id.extend((0..8).rev().map(|place| digit(4 * place)));
+        id
+    }
+}
+
+/// Whether that is its `authorization`; takes as long for every answer.
+fn bears(head: &http1::RequestHead, expected: &[u8]) -> bool {
+    let given = head.authorization().unwrap_or_default();
+    let differences = given.iter().zip(expected).fold(0, |all, (one, other)| all | (one ^ other));
+    std::hint::black_box(differences) == 0 && given.len() == expected.len()
+}
+
+#[pymethods]
+impl HeadParser {
+    #[new]
+    #[pyo3(signature = (*, request_id_headers, max_head_bytes, max_body_bytes, authorization, id_prefix))]
+    fn new(
+        request_id_headers: Vec<String>,
+        max_head_bytes: u32,
+        max_body_bytes: usize,
+        authorization: Option<Vec<u8>>,
+        id_prefix: Vec<u8>,
+    ) -> PyResult<Self> {
+        let parser = http1::HeadParser::new(request_id_headers, max_head_bytes);
+        let parser = parser.map_err(|name| PyValueError::new_err(format!("not a header name: {:?}", name.0)))?;
+        Ok(Self { parser, max_body_bytes, authorization, id_prefix, ids: AtomicU32::new(0) })
+    }
+
+    /// A name for what no head was understood of.
+    fn new_request_id<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.make_id())
+    }
+
+    /// Parse the head at the start of `data`; None: more bytes are needed. Raises BadHead (400, 431, 505).
+    #[pyo3(signature = (data, /))]
+    fn request(&self, data: &[u8]) -> PyResult<Option<RequestHead>> {
+        Ok(self.parser.request(data)?.map(|head| self.request_head(head)))
+    }
+
+    /// The request at the start of `data`; None: more bytes are needed for its head. Raises BadHead (400, 431, 505).
+    #[pyo3(signature = (data, /))]
+    fn begin_request<'py>(&self, py: Python<'py>, data: &[u8]) -> PyResult<Option<BegunRequest<'py>>> {
+        let Some(head) = self.parser.request(data)? else { return Ok(None) };
+        let (size, keep_alive) = (head.size(), head.keep_alive());
+        let length = head.content_length().map_or(Some(0), |length| usize::try_from(length).ok());
+        let end = length
+            .filter(|&length| !head.chunked() && length <= self.max_body_bytes && length <= data.len() - size)
+            .map(|length| size + length);
+        let head = self.request_head(head);
+        let is_for_worker = head.is_authorized && head.head.route().is_routed();
+        let rest = PyBytes::new(py, &data[end.unwrap_or(size)..]);
+        Ok(Some((Bound::new(py, head)?, end.is_some(), rest, keep_alive, is_for_worker)))
+    }
+
+    /// The response to `request` at the start of `data`, behind interim ones; None: more bytes are needed. Raises BadHead(502, ...).
+    #[pyo3(signature = (data, request, now_ns, /))]
+    fn begin_response<'py>(
+        &self,
+        py: Python<'py>,
+        data: &[u8],
+        request: &RequestHead,
+        now_ns: Nanoseconds,
+    ) -> PyResult<Option<BegunResponse<'py>>> {
+        let head_request = request.head.method() == "HEAD";
+        let mut at = 0;
+        let head = loop {
+            match self.parser.response(&data[at..], head_request)? {
+                Some(head) if head.status() >= 200 => break head,
+                // It concerns this hop alone.
+                Some(interim) => at += interim.size(),
+                None => return Ok(None),
+            }
+        };
+        let reader = if head.chunked() {
+            http1::BodyReader::of_chunks()
+        } else if let Some(length) = head.content_length() {
+            http1::BodyReader::of_length(length)
+        } else {
+            http1::BodyReader::until_eof()
+        };
+        let (body_at, body_end, began_ns) = (at + head.size(), data.len(), now_ns.0);
+        let (status, reusable) = (head.status(), head.keep_alive());
+        let arrivals = http1::Arrivals::default();
+        let mut response = Response { head, reader, arrivals, began_ns, body_at, body_end };
+        let mut stays = None;
+        if let Some(end) = response.feed_at(&data[body_at..], began_ns)? {
+            response.body_end = body_at + end;
+            stays = Some(reusable && response.body_end == data.len());
+        }
+        Ok(Some((Bound::new(py, response)?, status, stays)))
     }
 }
 

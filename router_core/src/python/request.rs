@@ -6,8 +6,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
 use super::enums::{Endpoint, OutcomeKind};
-use super::http1::{BodyReader, ResponseHead};
+use super::http1::{RequestHead, Response};
 use super::views::Transition;
+use super::{Nanoseconds, written};
+use crate::http1::JOINED_BODY_BYTES;
 use crate::outcome::{self, Outcome};
 use crate::router;
 
@@ -51,6 +53,12 @@ impl RoutedRequest {
         self.0.prompt().blocks.iter().map(|block| (block.key, block.end)).collect()
     }
 
+    /// Leases so far.
+    #[getter]
+    fn attempts(&self) -> u32 {
+        self.0.attempts()
+    }
+
     fn finish(&self, status: u16, first_byte_ns: i64, now_ns: u64) {
         self.0.finish(status, u64::try_from(first_byte_ns).ok(), now_ns);
     }
@@ -59,6 +67,13 @@ impl RoutedRequest {
 /// One attempt's claim on one target. Dropped without `release`, it counts as CANCELLED.
 #[pyclass(module = "warmroute._core", frozen)]
 pub(super) struct Lease(pub(super) router::Lease);
+
+impl Lease {
+    /// Slot and incarnation, which are asked for together.
+    pub(super) fn place(&self) -> (u16, u64) {
+        (self.0.slot(), self.0.incarnation())
+    }
+}
 
 #[pymethods]
 impl Lease {
@@ -72,10 +87,9 @@ impl Lease {
         self.0.incarnation()
     }
 
-    /// (slot, incarnation, splice), which are asked for together.
     #[getter]
-    fn terms<'py>(&self, py: Python<'py>) -> (u16, u64, Option<(usize, Bound<'py, PyBytes>)>) {
-        (self.slot(), self.incarnation(), self.splice(py))
+    fn selected_ns(&self) -> u64 {
+        self.0.selected_ns()
     }
 
     #[getter]
@@ -93,8 +107,38 @@ impl Lease {
         self.0.splice().map(|(offset, bytes)| (offset, PyBytes::new(py, &bytes)))
     }
 
+    /// The request `data`, which begins with `head`, as it goes to the target; of a long one the second part is to be sent behind
+    /// the first.
+    #[pyo3(signature = (head, host, authorization, data, /))]
+    fn to_worker<'py>(
+        &self,
+        py: Python<'py>,
+        head: &RequestHead,
+        host: &[u8],
+        authorization: Option<&[u8]>,
+        data: &[u8],
+    ) -> (Bound<'py, PyBytes>, Option<Bound<'py, PyBytes>>) {
+        let body = head.head.body_in(data);
+        let (offset, inserted) = self.0.splice().unwrap_or_default();
+        let (before, behind) = body.split_at(offset);
+        let length = body.len() + inserted.len();
+        let write_head = |message: &mut Vec<u8>| {
+            head.head.write_to_worker(message, host, authorization, head.id(), Some(length as u64));
+        };
+        if length > JOINED_BODY_BYTES {
+            let body = if inserted.is_empty() { body } else { &[before, &inserted, behind].concat() };
+            return (written(py, write_head), Some(PyBytes::new(py, body)));
+        }
+        let message = written(py, |message| {
+            write_head(message);
+            message.reserve(length);
+            [before, &inserted, behind].iter().for_each(|part| message.extend_from_slice(part));
+        });
+        (message, None)
+    }
+
     #[pyo3(signature = (
-        kind, status, first_byte_ns, reader, reused, prompt_tokens, completion_tokens, cached_tokens, now_ns, /
+        kind, status, first_byte_ns, response, reused, prompt_tokens, completion_tokens, cached_tokens, now_ns, /
     ))]
     #[allow(clippy::too_many_arguments)]
     fn release<'py>(
@@ -103,17 +147,17 @@ impl Lease {
         kind: OutcomeKind,
         status: u16,
         first_byte_ns: i64,
-        reader: Option<PyRef<'_, BodyReader>>,
+        response: Option<PyRef<'_, Response>>,
         reused: Option<bool>,
         prompt_tokens: i64,
         completion_tokens: i64,
         cached_tokens: i64,
         now_ns: u64,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        self.0.count_delivery(reused, reader.as_ref().map(|reader| reader.arrivals()));
+        self.0.count_delivery(reused, response.as_ref().map(|response| &response.arrivals));
         let mut tokens = (prompt_tokens, completion_tokens, cached_tokens);
-        if let Some(reader) = &reader {
-            let found = reader.tokens();
+        if let Some(response) = &response {
+            let found = response.tokens();
             tokens.1 = if completion_tokens < 0 { found.1 } else { completion_tokens };
             if prompt_tokens < 0 {
                 (tokens.0, tokens.2) = (found.0, found.2);
@@ -132,34 +176,26 @@ impl Lease {
     }
 
     /// The answer has arrived whole, and the client has it: `release` and the request's `finish`.
-    #[pyo3(signature = (status, first_byte_ns, head, reader, reused, now_ns, /))]
-    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (response, reused, now_ns, /))]
     fn complete<'py>(
         &self,
         py: Python<'py>,
-        status: u16,
-        first_byte_ns: u64,
-        head: &ResponseHead,
-        reader: PyRef<'_, BodyReader>,
+        response: &Response,
         reused: bool,
-        now_ns: u64,
+        now_ns: Nanoseconds,
     ) -> PyResult<Option<Bound<'py, PyTuple>>> {
-        self.0.count_delivery(Some(reused), Some(reader.arrivals()));
-        let found = reader.tokens();
-        let given = (head.0.prompt_tokens(), head.0.cached_tokens());
-        let as_number = |tokens: Option<u64>| tokens.and_then(|tokens| i64::try_from(tokens).ok()).unwrap_or(-1);
-        let (prompt_tokens, cached_tokens) =
-            if given.0.is_some() { (as_number(given.0), as_number(given.1)) } else { (found.0, found.2) };
+        self.0.count_delivery(Some(reused), Some(&response.arrivals));
+        let (prompt_tokens, completion_tokens, cached_tokens) = response.tokens();
         let outcome = Outcome {
             kind: outcome::OutcomeKind::Answered,
-            status,
-            first_byte_ns: Some(first_byte_ns),
+            status: response.head.status(),
+            first_byte_ns: Some(response.began_ns),
             prompt_tokens,
-            completion_tokens: found.1,
+            completion_tokens,
             cached_tokens,
         };
-        self.0.request().finish(status, Some(first_byte_ns), now_ns);
-        let transitions = self.0.release(&outcome, now_ns)?;
+        self.0.request().finish(outcome.status, outcome.first_byte_ns, now_ns.0);
+        let transitions = self.0.release(&outcome, now_ns.0)?;
         if transitions.is_empty() {
             return Ok(None);
         }

@@ -58,6 +58,11 @@ impl Lease {
         self.terms.incarnation
     }
 
+    /// When it was taken.
+    pub fn selected_ns(&self) -> u64 {
+        self.terms.selected_ns
+    }
+
     /// Whose it is.
     pub fn request(&self) -> &Arc<Request> {
         &self.request

@@ -93,6 +93,11 @@ impl Request {
         self.router.finish(self, status, first_byte_ns, now_ns);
     }
 
+    /// Leases so far.
+    pub fn attempts(&self) -> u32 {
+        self.progress().attempts
+    }
+
     pub(super) fn router(&self) -> &Arc<Router> {
         &self.router
     }
