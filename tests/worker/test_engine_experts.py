@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 SENT: dict[str, Any] = {"tp_size": 2, "moe_a2a_backend": "deepep"}
 DP: dict[str, Any] = {"dp_size": 2, "enable_dp_attention": True}
-BALANCED: dict[str, Any] = {"enable_eplb": True, "eplb_rebalance_num_iterations": 20}
+BALANCED: dict[str, Any] = {
+    "enable_eplb": True,
+    "eplb_rebalance_num_iterations": 30,
+    "eplb_min_rebalancing_utilization_threshold": 0.9,
+}
 TWO_BATCHES = {"enable_two_batch_overlap": True}
 
 EXPERTS, PER_TOKEN, MOE_LAYERS, HIDDEN = 8, 2, 2, 64

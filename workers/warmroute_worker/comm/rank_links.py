@@ -169,6 +169,11 @@ class RankLinks:
         assert self._plans is not None
         return self._plans.message(None, 0)
 
+    def order_obeyed(self) -> None:
+        """Returns when all who follow the same plans have done what the last one, which was no step, asked for."""
+        if self._plans is not None:
+            self._plans.barrier()
+
     def hand_on(self, x: torch.Tensor) -> None:
         """Vectors for the next stage."""
         assert self._after is not None

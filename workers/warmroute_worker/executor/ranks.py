@@ -164,6 +164,8 @@ class RankExecutor:
             return True, self.rank.obey(order)
         except (OSError, ValueError) as error:
             return False, f"{text.partition(':')[0]}: {error}"
+        finally:
+            self.links.order_obeyed()
 
     def collect(self) -> Drawn:
         drawn = self._drawn[0]
@@ -183,6 +185,7 @@ def follow(rank: Rank, links: RankLinks) -> None:
         if data.startswith(ORDER):
             with contextlib.suppress(OSError, ValueError):  # the driver has the same trouble and says so
                 rank.obey(data)
+            links.order_obeyed()
             continue
         drawn = rank.run(StepPlan.decode(data))
         if drawn is not None:

@@ -56,6 +56,7 @@ class ExpertMap:
         self._owners = [rank for rank in range(layout.ep_size) for _ in layout.slots(num_experts, rank)]
         self.owners = torch.tensor(self._owners, device=device)
         """[slots] -> part that holds it."""
+        self._turn = 0
         self.expert_of: list[int] = []
         self.place([slot % num_experts for slot in range(self.num_slots)])
 
@@ -84,6 +85,8 @@ class ExpertMap:
             return chosen
         if self.layout.sent and not self.layout.by_token:
             return self._near[chosen]
-        # By the row's number, which is the same on all ranks.
-        numbers = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
+        # In turn: rows of a step, and steps, since a step may have one row only. Without sending, the same on all ranks.
+        self._turn += 1
+        first = self._turn + (self.layout.ep_rank if self.layout.sent else 0)
+        numbers = torch.arange(first, first + len(chosen), device=chosen.device).unsqueeze(1)
         return self._slots[chosen, numbers % self._copies[chosen]]
