@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def describe(args: WorkerArgs) -> list[str]:
     """Lines for the operator. What is wrong with the model, if it is at hand, is one of them."""
     layout = args.layout
-    lines = [f"{args.model_path}: {layout or 'one rank'}; {layout.world_size} ranks, {layout.dp_size} schedulers"]
+    sizes = f"ranks: {layout.world_size}, schedulers: {layout.dp_size}"
+    lines = [f"{args.model_path}: {str(layout) or 'not divided'}; {sizes}"]
     lines += args.remarks()
     first = args.node_rank == 0
     lines.append("processes of this node:" if args.nnodes > 1 else "processes:")
