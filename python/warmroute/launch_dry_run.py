@@ -37,15 +37,15 @@ def router_command(settings: Settings) -> list[str]:
     """The `launch_router` that would do the same, without defaults and secrets."""
     command = ["launch_router"]
     for field in dataclasses.fields(settings.config):
-        value = getattr(settings.config, field.name)
-        if settings.origins[field.name] == "default" or value is None or value is False:
+        value, name = getattr(settings.config, field.name), field.name.replace("_", "-")
+        if settings.origins[field.name] == "default" or value == field.default:
             continue
-        words = [str(part) for part in (value if isinstance(value, tuple) else (value,))]
-        if value is True:
-            words = []
+        if isinstance(value, bool):
+            command.append(f"--{name}" if value else f"--no-{name}")
         elif field.metadata["secret"]:
-            words = ["***"]
-        command += ["--" + field.name.replace("_", "-"), *words]
+            command += [f"--{name}", "***"]
+        else:
+            command += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return command
 
 

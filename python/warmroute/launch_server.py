@@ -28,16 +28,18 @@ _PREFIX = "router-"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = _parser()
+    parser = make_parser()
     values, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     _check(parser, values, rest)
     # What is wrong with the flags must show before anything is started: at first with no workers yet.
-    prepare_process(settings_of(parser, values, os.environ, _PREFIX, {"worker_urls": ()}).config)
+    config = settings_of(parser, values, os.environ, _PREFIX, {"worker_urls": ()}).config
+    prepare_process(config)
     plan = plan_workers(
         values.model_path, values.dp_size, values.enable_dp_attention, rest, _cores(), cuda_devices(os.environ)
     )
     try:
-        workers = WorkerProcesses(hold_ports(plan.count, values.worker_base_port), plan)
+        ports = hold_ports(plan.count, values.worker_base_port, (config.port, config.prometheus_port))
+        workers = WorkerProcesses(ports, plan)
     except WorkerFailed as error:
         return _fail(error)
     settings = settings_of(parser, values, os.environ, _PREFIX, {"worker_urls": tuple(workers.urls)})
@@ -64,7 +66,8 @@ async def _serve(settings: Settings, workers: WorkerProcesses) -> int:
     return router.result() if router in done else watch.result()
 
 
-def _parser() -> FlagParser:
+def make_parser() -> FlagParser:
+    """All flags that are not the workers'."""
     parser = FlagParser("launch_server", "Starts workers and the router in front. Flags not listed go to the workers.")
     parser.add_argument("--model-path", "--model", required=True, metavar="PATH", help="folder of the model, or demo")
     parser.add_argument(

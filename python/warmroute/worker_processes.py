@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, NoReturn
 
 import httpx
@@ -61,12 +61,15 @@ class HeldPort:
         self._sock.close()
 
 
-def hold_ports(count: int, base: int) -> list[HeldPort]:
-    """The first `count` free ports from `base` on. Raises WorkerFailed when there are not that many."""
+def hold_ports(count: int, base: int, others: Collection[int] = ()) -> list[HeldPort]:
+    """The first `count` free ports from `base` on, without `others`, which somebody else will want. Raises WorkerFailed
+    when there are not that many."""
     held: list[HeldPort] = []
     for port in range(base, 65536):
         if len(held) == count:
             break
+        if port in others:
+            continue
         try:
             held.append(HeldPort(WORKER_HOST, port))
         except OSError as error:

@@ -276,6 +276,25 @@ def test_held_ports_are_taken_for_everybody_else() -> None:
         held.close()
 
 
+def test_ports_that_the_router_wants_are_left_to_it() -> None:
+    base = free_port()
+    held = hold_ports(2, base, (base, base + 1))
+    assert all(one.port > base + 1 for one in held)
+    for one in held:
+        one.close()
+
+
+async def test_the_router_may_have_the_first_ports_of_the_workers(tmp_path: Path) -> None:
+    first = free_port()
+    ports = ("--router-dp-worker-base-port", str(first), "--router-prometheus-port", str(first + 1))
+    with launched(tmp_path, "--dp", "2", *ports, "--dry-run", port=first) as server:
+        assert await asyncio.to_thread(server.process.wait, 60) == 0
+        assert f"router at http://127.0.0.1:{first}, metrics at http://127.0.0.1:{first + 1}:" in server.log
+        urls = [line.split(" at ")[1] for line in server.log.splitlines() if line.startswith("worker ")]
+        assert len(urls) == 2
+        assert not {f"http://127.0.0.1:{first}", f"http://127.0.0.1:{first + 1}"} & set(urls)
+
+
 BAD_LINES = [
     ("", "--model-path"),
     ("--model-path demo --dp 0", "dp_size: 0"),
