@@ -51,7 +51,7 @@ def test_the_launcher_has_all_flags_of_the_router_and_the_page_all_of_its_own() 
     router = {"--router-" + field.name.replace("_", "-") for field in dataclasses.fields(RouterConfig)}
     assert router - LAUNCHER == {"--router-host", "--router-port", "--router-worker-urls"}, "it has others for these"
     text = (REPOSITORY / "docs" / "launch_server.md").read_text()
-    own = {flag for flag in LAUNCHER - {"--help"} if not flag.startswith("--router-")}
+    own = {flag for flag in LAUNCHER - {"--help"} if not re.match("--(no-)?router-", flag)}
     assert {flag for flag in own | {"--router-dp-worker-base-port"} if f"`{flag}`" not in text} == set()
 
 
