@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from warmroute_worker import model_config, model_folder
+from warmroute_worker.startup_error import StartupError
 
 if TYPE_CHECKING:
     from warmroute_worker.args import WorkerArgs
@@ -29,7 +30,7 @@ def describe(args: WorkerArgs) -> list[str]:
     lines += rank_map(layout, args.nnodes)
     try:
         model_config.check_layout(model_config.read(model_folder.resolve(args.model_path)), layout)
-    except (LookupError, ValueError) as error:
+    except (LookupError, StartupError) as error:
         lines.append(f"this would not start: {error}")
     return lines
 
