@@ -164,6 +164,7 @@ COMMANDS = [
         "0 7 7 0 7 0",
         schedulers=8,
         remarks=(A2A, GROUPED),
+        quick=True,
     ),
     Command(
         f"{ENGINE} {V3} --tp-size 8 --ep-size 8 --enable-dp-attention --dp-size 8 --enable-eplb",
