@@ -6,7 +6,6 @@ have the prefix `--router-`; what is not known here goes to the workers, who ref
 
 import argparse
 import asyncio
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,9 @@ import uvloop
 from warmroute.app import prepare_process, serve
 from warmroute.command_line import FlagParser, Settings, add_router_flags, settings_of
 from warmroute.config import RouterConfig
+from warmroute.launch_dry_run import describe
 from warmroute.process import CannotStart
+from warmroute.worker_plan import cuda_devices, nodes, plan_workers
 from warmroute.worker_processes import WorkerFailed, WorkerProcesses, hold_ports
 
 # sglang-router's; below the ephemeral range (32768 and up), so that no outgoing connection takes one.
@@ -27,47 +28,31 @@ _PREFIX = "router-"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = _parser()
+    parser = make_parser()
     values, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     _check(parser, values, rest)
     # What is wrong with the flags must show before anything is started: at first with no workers yet.
-    prepare_process(settings_of(parser, values, os.environ, _PREFIX, {"worker_urls": ()}).config)
-    count, flags = worker_plan(values.model_path, values.dp_size, values.enable_dp_attention, rest, _cores())
+    config = settings_of(parser, values, os.environ, _PREFIX, {"worker_urls": ()}).config
+    prepare_process(config)
+    plan = plan_workers(
+        values.model_path, values.dp_size, values.enable_dp_attention, rest, _cores(), cuda_devices(os.environ)
+    )
     try:
-        workers = WorkerProcesses(hold_ports(count, values.worker_base_port), flags)
+        ports = hold_ports(plan.count, values.worker_base_port, (config.port, config.prometheus_port))
+        workers = WorkerProcesses(ports, plan)
     except WorkerFailed as error:
         return _fail(error)
     settings = settings_of(parser, values, os.environ, _PREFIX, {"worker_urls": tuple(workers.urls)})
     try:
+        if values.dry_run:
+            print("\n".join(describe(settings, workers)))
+            return 0
         workers.start()
         return uvloop.run(_serve(settings, workers))
     except (CannotStart, WorkerFailed) as error:
         return _fail(error)
     finally:
         workers.stop()
-
-
-def worker_plan(
-    model_path: str, dp_size: int, dp_attention: bool, rest: Sequence[str], cores: int
-) -> tuple[int, list[str]]:
-    """(how many workers, their flags). `cores`, divided among their ranks, unless the user gave `--threads`."""
-    flags = ["--model-path", model_path, *rest]
-    count = dp_size
-    if dp_attention:
-        count = 1
-        flags += ["--dp-size", str(dp_size), "--enable-dp-attention"]
-    if not any(flag == "--threads" or flag.startswith("--threads=") for flag in rest):
-        flags += ["--threads", str(max(1, cores // (count * _ranks_per_worker(rest))))]
-    return count, flags
-
-
-def _ranks_per_worker(flags: Sequence[str]) -> int:
-    """What is no number is 1 here: the worker will refuse it, in its own words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--tp-size", "--tp", "--tensor-parallel-size", dest="tp", default="1", nargs="?")
-    parser.add_argument("--pp-size", "--pp", "--pipeline-parallel-size", dest="pp", default="1", nargs="?")
-    sizes, _ = parser.parse_known_args(list(flags))
-    return math.prod(max(1, int(size)) for size in (sizes.tp, sizes.pp) if str(size).isdigit())
 
 
 async def _serve(settings: Settings, workers: WorkerProcesses) -> int:
@@ -81,9 +66,10 @@ async def _serve(settings: Settings, workers: WorkerProcesses) -> int:
     return router.result() if router in done else watch.result()
 
 
-def _parser() -> FlagParser:
+def make_parser() -> FlagParser:
+    """All flags that are not the workers'."""
     parser = FlagParser("launch_server", "Starts workers and the router in front. Flags not listed go to the workers.")
-    parser.add_argument("--model-path", required=True, metavar="PATH", help="folder of the model, or demo")
+    parser.add_argument("--model-path", "--model", required=True, metavar="PATH", help="folder of the model, or demo")
     parser.add_argument(
         "--dp-size", "--dp", "--data-parallel-size", type=int, default=1, metavar="N", help="workers (default: 1)"
     )
@@ -101,6 +87,9 @@ def _parser() -> FlagParser:
         metavar="PORT",
         help="the workers take the free ports from here on (default: %(default)s)",
     )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
+    # The workers stand behind the router and listen on this host only; it is the router that asks for keys.
+    parser.add_argument("--api-key", dest="router_api_key", default=argparse.SUPPRESS, help="--router-api-key")
     add_router_flags(parser, _PREFIX, skip=("host", "port", "worker_urls"))
     return parser
 
@@ -110,6 +99,8 @@ def _check(parser: FlagParser, values: argparse.Namespace, rest: Sequence[str]) 
         parser.error(f"dp_size: {values.dp_size} must be 1 or more")
     if not 1 <= values.worker_base_port <= 65535:
         parser.error(f"router_dp_worker_base_port: {values.worker_base_port} must be between 1 and 65535")
+    if nodes(rest) != "1":
+        parser.error("--nnodes: start launch_worker on each node, and launch_router in front of the first")
     for flag in rest:
         if flag.startswith(f"--{_PREFIX}"):
             parser.error(f"{flag}: the router has no such flag")
@@ -120,9 +111,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _fail(error: Exception) -> int:
+def _fail(error: CannotStart | WorkerFailed) -> int:
     print(f"launch_server: error: {error}", file=sys.stderr)
-    return 1
+    return error.status if isinstance(error, WorkerFailed) else 1
 
 
 if __name__ == "__main__":

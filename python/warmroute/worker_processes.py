@@ -14,14 +14,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, NoReturn
 
 import httpx
 
+from warmroute.worker_plan import WorkerPlan
+
 log = logging.getLogger(__name__)
 
 WORKER_HOST: Final = "127.0.0.1"
+WORKER_MODULE: Final = "warmroute_worker.launch_worker"
 _WATCH_SECONDS: Final = 0.2
 # A worker that is told to stop ends its requests' streams and its ranks; ten seconds is ten times what that takes.
 _STOP_SECONDS: Final = 10.0
@@ -29,7 +32,11 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 class WorkerFailed(Exception):  # noqa: N818
-    """One line for the user: which worker, and what happened."""
+    """One line for the user: which worker, and what happened. `status`: the exit status that says it best."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class HeldPort:
@@ -54,12 +61,15 @@ class HeldPort:
         self._sock.close()
 
 
-def hold_ports(count: int, base: int) -> list[HeldPort]:
-    """The first `count` free ports from `base` on. Raises WorkerFailed when there are not that many."""
+def hold_ports(count: int, base: int, others: Collection[int] = ()) -> list[HeldPort]:
+    """The first `count` free ports from `base` on, without `others`, which somebody else will want. Raises WorkerFailed
+    when there are not that many."""
     held: list[HeldPort] = []
     for port in range(base, 65536):
         if len(held) == count:
             break
+        if port in others:
+            continue
         try:
             held.append(HeldPort(WORKER_HOST, port))
         except OSError as error:
@@ -73,15 +83,23 @@ def hold_ports(count: int, base: int) -> list[HeldPort]:
 class WorkerProcesses:
     """Owns the processes from `start` to `stop`."""
 
-    def __init__(self, ports: Sequence[HeldPort], flags: Sequence[str]) -> None:
-        """`flags`: the same for every worker, without --host and --port."""
+    def __init__(self, ports: Sequence[HeldPort], plan: WorkerPlan) -> None:
+        """A port for each worker of the plan."""
+        self.plan = plan
         self._ports = ports
-        self._flags = flags
         self._processes: list[subprocess.Popen[bytes]] = []
 
     @property
     def urls(self) -> list[str]:
         return [f"http://{WORKER_HOST}:{held.port}" for held in self._ports]
+
+    def flags(self, index: int) -> list[str]:
+        """All flags of worker `index`."""
+        return [*self.plan.flags, "--host", WORKER_HOST, "--port", str(self._ports[index].port)]
+
+    def command(self, index: int) -> list[str]:
+        """How worker `index` is started, beside its environment."""
+        return [sys.executable, "-m", WORKER_MODULE, *self.flags(index)]
 
     def start(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -92,13 +110,15 @@ class WorkerProcesses:
             if os.getppid() != parent:  # it died before the line above
                 os._exit(1)
 
-        for held in self._ports:
-            command = [sys.executable, "-m", "warmroute_worker.launch_worker", *self._flags]
-            command += ["--host", WORKER_HOST, "--port", str(held.port)]
-            log.info("starting worker on port %d: %s", held.port, " ".join(command[1:]))
+        for remark in self.plan.remarks():
+            log.warning(remark)
+        for index, held in enumerate(self._ports):
+            command, own = self.command(index), self.plan.environment(index)
+            shown = " ".join([f"{name}={value}" for name, value in own.items()] + command[1:])
+            log.info("starting worker on port %d: %s", held.port, shown)
             self._processes.append(
                 # preexec_fn: this process has one thread here, so nothing can be locked between fork and exec.
-                subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+                subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True, preexec_fn=die_with_parent)
             )
 
     async def watch(self, startup_timeout_seconds: float) -> NoReturn:
@@ -113,7 +133,7 @@ class WorkerProcesses:
                     if status is None:
                         continue
                     if index in starting:
-                        raise WorkerFailed(f"{self._name(index)} {_ended(status)} before it was ready")
+                        raise WorkerFailed(f"{self._name(index)} {_ended(status)} before it was ready", max(status, 1))
                     running.discard(index)
                     log.error("%s %s", self._name(index), _ended(status))
                     if not running:

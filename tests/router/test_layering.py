@@ -10,7 +10,13 @@ ROOT = Path(__file__).parents[2]
 
 # A module may import from its own layer and from those below. Longest matching prefix counts.
 ROUTER_LAYERS = [
-    {"warmroute.launch_router", "warmroute.launch_server", "warmroute.worker_processes"},
+    {
+        "warmroute.launch_router",
+        "warmroute.launch_server",
+        "warmroute.launch_dry_run",
+        "warmroute.worker_processes",
+        "warmroute.worker_plan",
+    },
     {"warmroute.app"},
     {"warmroute.supervisor", "warmroute.one_process", "warmroute.data_process"},
     {"warmroute.control", "warmroute.dataplane", "warmroute.request_search", "warmroute.shared"},

@@ -41,26 +41,6 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         schedule_conservativeness=0.5,
         tp_size=4,
         pp_size=2,
-        dp_size=2,
-        enable_dp_attention=True,
-        enable_dp_lm_head=True,
-        load_balance_method="total_tokens",
-        ep_size=2,
-        moe_a2a_backend="nixl",
-        moe_runner_backend="triton",
-        ep_rows="expert",
-        enable_eplb=True,
-        ep_num_redundant_experts=4,
-        eplb_rebalance_num_iterations=10,
-        eplb_rebalance_layers_per_chunk=1,
-        eplb_min_rebalancing_utilization_threshold=0.9,
-        ep_dispatch_algorithm="dynamic",
-        enable_two_batch_overlap=True,
-        tbo_token_distribution_threshold=0.3,
-        nnodes=2,
-        node_rank=1,
-        dist_init_addr="10.0.0.1:5000",
-        dist_timeout=5.0,
         watchdog_timeout=2.5,
         disable_custom_all_reduce=True,
         enable_deterministic_inference=True,
@@ -69,6 +49,26 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         attention_backend="triton",
         kv_events_config='{"publisher": "zmq"}',
         disable_cuda_graph=True,
+        dp_size=2,
+        enable_dp_attention=True,
+        enable_dp_lm_head=True,
+        load_balance_method="total_tokens",
+        ep_size=2,
+        moe_a2a_backend="deepep",
+        moe_runner_backend="deep_gemm",
+        ep_rows="expert",
+        enable_eplb=True,
+        ep_num_redundant_experts=4,
+        eplb_rebalance_num_iterations=50,
+        eplb_rebalance_layers_per_chunk=1,
+        eplb_min_rebalancing_utilization_threshold=0.9,
+        ep_dispatch_algorithm="dynamic",
+        enable_two_batch_overlap=True,
+        tbo_token_distribution_threshold=0.25,
+        nnodes=2,
+        node_rank=1,
+        dist_init_addr="10.0.0.1:29500",
+        dist_timeout=5.0,
     )
     argv: list[str] = []
     for field in dataclasses.fields(WorkerArgs):
@@ -104,13 +104,40 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         (["--model-path", "m", "--served-model", "x"], "--served-model"),
         (["--model-path", "m", "--tp", "0"], "--tp-size must be at least 1, got 0"),
         (["--model-path", "m", "--tp", "16", "--pp-size", "8"], "tp 16, pp 8 makes 128 ranks, the most is 64"),
+        (["--model-path", "m", "--tp", "16", "--dp", "8"], "tp 16, dp 8 makes 128 ranks, the most is 64"),
         (["--model-path", "m", "--watchdog-timeout", "0"], "--watchdog-timeout must be above 0, got 0"),
         (["--model-path", "m", "--ep-size", "2"], "--ep-size 2 does not divide --tp-size 1; it can be 1"),
-        (["--model-path", "m", "--nnodes", "2", "--tp", "2"], "--nnodes wants --dist-init-addr HOST:PORT"),
-        (["--model-path", "m", "--nnodes", "2", "--tp", "3", "--dist-init-addr", "a:1"], "does not divide the 3 ranks"),
-        (["--model-path", "m", "--moe-a2a-backend", "flashinfer"], "invalid choice: 'flashinfer'"),
+        (["--model-path", "m", "--tp", "4", "--ep", "3"], "--ep-size 3 does not divide --tp-size 4; it can be 1, 2, 4"),
+        (
+            ["--model-path", "m", "--tp", "6", "--dp", "4", "--enable-dp-attention"],
+            "Constraint tp_size % dp_size == 0 not satisfied: --tp-size 6, --dp-size 4; with --enable-dp-attention "
+            "--dp-size can be 1, 2, 3, 6",
+        ),
+        (["--model-path", "m", "--tp", "2", "--nnodes", "2"], "--nnodes wants --dist-init-addr HOST:PORT"),
+        (
+            ["--model-path", "m", "--dp", "2", "--nnodes", "2", "--dist-init-addr", "h:1"],
+            "multi-node data parallel is not supported unless dp attention!",
+        ),
+        (["--model-path", "m", "--tp", "3", "--nnodes", "2", "--dist-init-addr", "h:1"], "--nnodes 2 does not divide"),
+        (
+            ["--model-path", "m", "--tp", "2", "--nnodes", "2", "--dist-init-addr", "h:1", "--node-rank", "2"],
+            "--node-rank must be below --nnodes 2",
+        ),
+        (
+            ["--model-path", "m", "--enable-eplb"],
+            "--enable-eplb and --ep-num-redundant-experts are for --ep-size above",
+        ),
+        (
+            ["--model-path", "m", "--tp", "2", "--ep", "2", "--enable-two-batch-overlap"],
+            "--enable-two-batch-overlap wants --moe-a2a-backend other than none",
+        ),
+        (
+            ["--model-path", "m", "--tbo-token-distribution-threshold", "2"],
+            "--tbo-token-distribution-threshold must be",
+        ),
+        (["--model-path", "m", "--dist-timeout", "0"], "--dist-timeout must be above 0"),
+        (["--model-path", "m", "--load-balance-method", "cache"], "--load-balance-method"),
         (["--model-path", "m", "--quantization", "fp8"], "--quantization is an SGLang option this worker does not"),
-        (["--model-path", "m", "--enable-ep-moe"], "--enable-ep-moe is an SGLang option this worker"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,8 +149,64 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(argv: list[str], said: str, caps
     assert error.count("\n") == 1
 
 
-def test_a_parallel_size_of_one_is_what_this_worker_does() -> None:
-    assert parse(["--model-path", "m", "--tp", "1", "--ep-size", "1", "--dp", "1", "--nnodes", "1"]).port == 30000
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        ("--tp 2", "tp_size", 2),
+        ("--tensor-parallel-size 2", "tp_size", 2),
+        ("--pp 2", "pp_size", 2),
+        ("--pipeline-parallel-size 2", "pp_size", 2),
+        ("--dp 2", "dp_size", 2),
+        ("--data-parallel-size 2", "dp_size", 2),
+        ("--tp 2 --ep 2", "ep_size", 2),
+        ("--tp 2 --expert-parallel-size 2", "ep_size", 2),
+        ("--tp 2 --nnodes 2 --nccl-init-addr h:1", "dist_init_addr", "h:1"),
+        ("--model x", "model_path", "x"),
+    ],
+)
+def test_aliases(argv: str, field: str, value: object) -> None:
+    assert getattr(parse(["--model-path", "m", *argv.split()]), field) == value
+
+
+def test_what_a_flag_became_is_said() -> None:
+    def said(*argv: str) -> str:
+        return "\n".join(parse(["--model-path", "m", *argv]).remarks())
+
+    assert said("--tp", "2") == ""
+    assert "--enable-dp-attention has no effect with --dp-size 1: it is off" in said("--enable-dp-attention")
+    assert "--enable-dp-lm-head has no effect without DP attention" in said("--enable-dp-lm-head")
+    assert "`launch_server --dp-size` starts as many workers" in said("--dp", "2")
+    sends = said("--tp", "2", "--moe-a2a-backend", "nixl", "--moe-runner-backend", "triton")
+    assert "--moe-a2a-backend nixl: --ep-size is 2, as --tp-size" in sends
+    assert "--moe-a2a-backend nixl: the built-in all-to-all is used" in sends
+    assert "--moe-runner-backend triton: grouped_mm of torch is used" in sends
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_on", "of_rank"),
+    [
+        ("--tp 4 --dp 4 --enable-dp-attention --max-running-requests 10", True, (2, 512, 0.3)),
+        ("--tp 4 --dp 4 --enable-dp-attention --chunked-prefill-size -1", True, (64, -1, 0.3)),
+        ("--tp 4 --dp 2 --enable-dp-attention --schedule-conservativeness 2", True, (128, 1024, 0.6)),
+        ("--dp 4", False, (256, 2048, 1.0)),
+        ("--tp 4 --enable-dp-attention", False, (256, 2048, 1.0)),
+    ],
+)
+def test_dp_attention_divides_what_is_the_workers(flags: str, is_on: bool, of_rank: tuple[int, int, float]) -> None:
+    effective = parse(["--model-path", "m", *flags.split()]).effective()
+    assert effective["enable_dp_attention"] is is_on
+    told = tuple(effective[f"{name}_per_dp_rank"] for name in ("max_running_requests", "chunked_prefill_size"))
+    assert (*told, effective["schedule_conservativeness"]) == of_rank
+
+
+def test_dry_run_prints_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse(["--model-path", "demo", "--tp", "3", "--dry-run"])
+    assert exit_info.value.code == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "demo: tp 3; ranks: 3, schedulers: 1"
+    assert [line.split()[:3] for line in out[-4:-1]] == [["0", "0", "0"], ["1", "0", "1"], ["2", "0", "2"]]
+    assert out[-1].startswith("this would not start: --tp 3 does not divide the model's 8 attention heads")
 
 
 def test_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,12 @@ from tests.worker.test_engine_controls import failing
 from tests.worker.test_engine_ranks import ranks
 from warmroute_worker import metrics, topology
 from warmroute_worker._native import Region
+from warmroute_worker.args import WorkerArgs
 from warmroute_worker.child_process import ending
 from warmroute_worker.comm.rank_links import CollectiveError, RankLinks
 from warmroute_worker.executor.ranks import RankExecutor
 from warmroute_worker.messages import Generate
-from warmroute_worker.model_config import ModelError
+from warmroute_worker.model_config import ModelError, check_layout, read
 from warmroute_worker.startup_error import StartupError
 
 if TYPE_CHECKING:
@@ -48,6 +49,24 @@ def _deadlock_at_start(folder: Path, _: pytest.LogCaptureFixture) -> str:
 def _heads(folder: Path, _: pytest.LogCaptureFixture) -> str:
     with pytest.raises(ModelError) as error, ranks(folder, 3):
         pass
+    return str(error.value)
+
+
+def _constraint(folder: Path, _: pytest.LogCaptureFixture) -> str:
+    with pytest.raises(ValueError, match="can be 1, 2, 4") as error:
+        WorkerArgs(str(folder), "m", tp_size=4, dp_size=3, enable_dp_attention=True)
+    return str(error.value)
+
+
+def _dp_attention_off(folder: Path, _: pytest.LogCaptureFixture) -> str:
+    args = WorkerArgs(str(folder), "m", tp_size=2, enable_dp_attention=True)
+    assert args.effective()["enable_dp_attention"] is False
+    return "\n".join(args.remarks())
+
+
+def _no_experts(folder: Path, _: pytest.LogCaptureFixture) -> str:
+    with pytest.raises(ModelError) as error:
+        check_layout(read(folder), topology.Layout(tp_size=2, ep_size=2))
     return str(error.value)
 
 
@@ -148,6 +167,9 @@ def _bubbles(folder: Path, _: pytest.LogCaptureFixture) -> str:
 CASES: list[tuple[str, Callable[[Path, pytest.LogCaptureFixture], str], str]] = [
     ("did not come to barrier", _deadlock_at_start, "--watchdog-timeout"),
     ("does not divide the model's 4 attention heads", _heads, "1, 2, 4"),
+    ("Constraint tp_size % dp_size == 0 not satisfied", _constraint, "sizes that the line names"),
+    ("DP attention changes nothing", _dp_attention_off, "`--dp-size` above 1"),
+    ("the model has no routed experts", _no_experts, "leave `--ep-size` out"),
     ("peer access is not supported between these two devices", _peers, "--disable-custom-all-reduce"),
     ("not enough memory", _no_room, "--mem-fraction-static"),
     ("a step ran out of memory", _step_without_memory, "--chunked-prefill-size"),

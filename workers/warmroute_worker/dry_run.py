@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from warmroute_worker import model_config, model_folder
+from warmroute_worker.startup_error import StartupError
 
 if TYPE_CHECKING:
     from warmroute_worker.args import WorkerArgs
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 def describe(args: WorkerArgs) -> list[str]:
     """Lines for the operator. What is wrong with the model, if it is at hand, is one of them."""
     layout = args.layout
-    lines = [f"{args.model_path}: {layout or 'one rank'}; {layout.world_size} ranks, {layout.dp_size} schedulers"]
+    sizes = f"ranks: {layout.world_size}, schedulers: {layout.dp_size}"
+    lines = [f"{args.model_path}: {str(layout) or 'not divided'}; {sizes}"]
     lines += args.remarks()
     first = args.node_rank == 0
     lines.append("processes of this node:" if args.nnodes > 1 else "processes:")
@@ -28,7 +30,7 @@ def describe(args: WorkerArgs) -> list[str]:
     lines += rank_map(layout, args.nnodes)
     try:
         model_config.check_layout(model_config.read(model_folder.resolve(args.model_path)), layout)
-    except (LookupError, ValueError) as error:
+    except (LookupError, StartupError) as error:
         lines.append(f"this would not start: {error}")
     return lines
 
