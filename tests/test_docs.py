@@ -13,6 +13,7 @@ GUIDES = {"router.md": RouterConfig, "worker.md": WorkerArgs}
 ELSEWHERE = {
     "--check",
     "--check-config",
+    "--no-dp-aware",
     "--router-policy",
     "--router-dp-worker-base-port",
     "--dp-size",

@@ -104,8 +104,8 @@ class Lease:
     def splice(self) -> tuple[int, bytes] | None:
         """(offset into the body, bytes to insert there) for a worker with dp ranks, else None."""
     @property
-    def terms(self) -> tuple[int, int, tuple[int, bytes] | None]:
-        """(slot, incarnation, splice), which are asked for together."""
+    def terms(self) -> tuple[int, int, tuple[int, bytes] | None, int | None]:
+        """(slot, incarnation, splice, the dp rank to name in the head), which are asked for together."""
     def complete(
         self,
         status: int,
@@ -509,10 +509,13 @@ class RequestHead:
     @property
     def routing_headers(self) -> bytes:
         """The header lines that policies read, as `name: value\\r\\n` with lower-case names; b"" as a rule."""
-    def to_worker(self, host: bytes, authorization: bytes | None, request_id: bytes, content_length: int, /) -> bytes:
+    def to_worker(
+        self, host: bytes, authorization: bytes | None, request_id: bytes, content_length: int, rank: int | None, /
+    ) -> bytes:
         """The head to send to a worker: request line, host, content-length, x-request-id, and of the client's headers
         only content-type, accept, user-agent, x-correlation-id, traceparent, tracestate, the routing keys,
-        x-data-parallel-rank, and authorization (replaced by `authorization` when that is given; b"" drops it).
+        x-data-parallel-rank (replaced by `rank` when that is given), and authorization (replaced by `authorization`
+        when that is given; b"" drops it).
 
         The arguments are written as they are: they must hold no line ends."""
     def to_control(self, content_length: int, /) -> bytes:

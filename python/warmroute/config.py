@@ -137,6 +137,9 @@ class RouterConfig:
         "keep the prefix index and the workers in this file, so that a restarted router is warm; best in /dev/shm",
         "FILE",
     )
+    dp_aware: bool = _flag(
+        True, "each dp rank of a worker is a target of its own; with --no-dp-aware the worker divides requests itself"
+    )
     strict_model: bool = _flag(False, "answer 404 to an unknown model even when only one model is served")
     seed: int | None = _flag(None, "seed of every random choice, for reproducible runs", "INTEGER")
     # Whoever knows it can make prompts that collide.

@@ -36,7 +36,7 @@ use crate::policy::{self, Candidates, Choice, Policies, Policy};
 use crate::prefix_index::Matches;
 use crate::prompt::{BadRequest, Endpoint, PromptReader};
 use crate::region::{Guard, MAX_TARGETS, Region, State};
-use crate::target::Work;
+use crate::target::{Field, Work};
 use explain::Shadow;
 use names::Names;
 use request::Progress;
@@ -262,8 +262,11 @@ impl Router {
                 slot,
                 head,
                 incarnation: state.targets.incarnation(slot),
-                spliced_rank: (state.targets.ranks(slot) > 1 && request.pinned_rank().is_none())
-                    .then(|| state.targets.rank(slot)),
+                // A rank that the worker does not have is its to refuse.
+                told_rank: (state.targets.ranks(slot) > 1)
+                    .then(|| state.targets.rank(slot))
+                    .filter(|&rank| request.pinned_rank().is_none_or(|pinned| pinned == rank)),
+                splices_rank: request.pinned_rank().is_none(),
                 match_bytes: matched.bytes,
                 match_age,
                 predicted_cached_tokens: (f64::from(matched.bytes) / bytes_per_token) as u64,
@@ -315,7 +318,7 @@ impl Router {
     fn refresh_availability(&self, state: &mut State<'_>, head: u16) {
         let available = self.is_available(state, head);
         for slot in state.targets.slots_of(head) {
-            let mask = state.targets.get(crate::target::Field::Models, slot);
+            let mask = state.targets.get(Field::Models, slot);
             state.models.set_available(slot, mask, available);
         }
     }
@@ -350,11 +353,12 @@ fn candidates(
     let targets = &state.targets;
     let mut candidates = Candidates::new(state.models.available(model), targets.slot_end());
     if let Some(rank) = request.pinned_rank() {
-        for slot in candidates.clone().iter() {
-            // A worker without that rank says so itself, whichever of its ranks is asked.
-            if targets.ranks(slot) > rank && targets.rank(slot) != rank {
-                candidates.remove(slot);
-            }
+        // Whether anybody has it who might be available again. If not, whoever is asked says so; one that has fewer ranks must
+        // not say so while another that has it is only ill.
+        let serves = |head| model == ANY || targets.get(Field::Models, head) >> model & 1 == 1;
+        let exists = targets.heads().any(|head| targets.ranks(head) > rank && serves(head));
+        for slot in candidates.clone().iter().filter(|&slot| exists && targets.rank(slot) != rank) {
+            candidates.remove(slot);
         }
     }
     if !allow_failed {
@@ -369,7 +373,7 @@ fn candidates(
 
 /// The hash of the model that a request is counted under: the one it named if it is known, else the worker's own.
 fn label(state: &State<'_>, model: usize, slot: Option<u16>) -> Option<u64> {
-    let primary = |slot| state.targets.get(crate::target::Field::Primary, slot) as usize;
+    let primary = |slot| state.targets.get(Field::Primary, slot) as usize;
     let model = if model == ANY { slot.map(primary).or_else(|| state.models.single())? } else { model };
     Some(state.models.hash(model))
 }

@@ -58,7 +58,7 @@ def test_more_bytes_are_needed(parser: HeadParser) -> None:
 )
 def test_the_head_for_a_worker(parser: HeadParser, authorization: bytes | None, line: bytes) -> None:
     head = parse_request(parser, CHAT)
-    assert head.to_worker(b"w:1", authorization, b"ours", 7) == (
+    assert head.to_worker(b"w:1", authorization, b"ours", 7, None) == (
         b"POST /v1/chat/completions?a=b HTTP/1.1\r\nhost: w:1\r\ncontent-length: 7\r\nx-request-id: ours\r\n"
         + line
         + b"Accept: */*\r\nX-SMG-Routing-Key: k\r\n\r\n"

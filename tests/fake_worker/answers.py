@@ -30,15 +30,23 @@ class Ask:
         if not isinstance(fields, dict):
             raise ValueError("the body must be a JSON object")
         options = fields.get("stream_options") or {}
-        rank = fields.get("data_parallel_rank")
         return cls(
             path=path,
             model=str(fields.get("model") or default_model),
             prompt=_prompt(path, fields),
             stream=fields.get("stream") is True,
             include_usage=bool(options.get("include_usage")),
-            rank=rank if isinstance(rank, int) else 0,
+            rank=_rank(head, fields),
         )
+
+
+def _rank(head: bytes, fields: dict[str, Any]) -> int:
+    """As SGLang reads it: the header before the body, the new name before the old one."""
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"x-data-parallel-rank:"):
+            return int(line.partition(b":")[2])
+    named = (fields.get(name) for name in ("routed_dp_rank", "data_parallel_rank"))
+    return next((rank for rank in named if rank is not None), 0)
 
 
 def _prompt(path: str, fields: dict[str, Any]) -> bytes:

@@ -302,13 +302,14 @@ class Connection(asyncio.Protocol):
         script = worker.take_script(body)
         try:
             ask = Ask.parse(path, request_head, body, worker.facts.models[0])
+            if not 0 <= ask.rank < len(worker.caches):
+                raise ValueError(f"routed_dp_rank={ask.rank} out of range [0, {len(worker.caches)})")
         except (ValueError, AttributeError) as error:
             answer = json.dumps({"error": {"message": str(error), "type": "BadRequest", "code": 400}}).encode()
             self.write(head(400, len(answer)) + answer)
             self.finish()
             return
-        rank = ask.rank if 0 <= ask.rank < len(worker.caches) else 0
-        self.current = seen(path, request_head, body, rank)
+        self.current = seen(path, request_head, body, ask.rank)
         worker.record.see(self.current)
         if script.die:
             worker.die()

@@ -1,7 +1,7 @@
 """What a worker's answers say about it, in the dialects of SGLang, vLLM and our own worker. Pure."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 # A worker that claims more ranks than this is misread rather than believed; slots are few (4,096).
@@ -22,6 +22,10 @@ class WorkerFacts:
     runtime: str
     """sglang, vllm or external."""
     max_model_len: int | None
+
+    def as_one_rank(self) -> "WorkerFacts":
+        """Of a worker that divides requests among its ranks itself."""
+        return replace(self, dp_size=1, kv_capacity_tokens=self.kv_capacity_tokens * self.dp_size)
 
 
 def read_facts(server_info: Any, models: Any, metrics: str | None, model_id: str | None) -> WorkerFacts:

@@ -34,9 +34,10 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 class RoutedExchange(LeasedExchange):
-    __slots__ = ("_failure", "_held", "_is_admitted", "_not_before_ns", "_retries", "_splice", "_timer")
+    __slots__ = ("_failure", "_held", "_is_admitted", "_not_before_ns", "_rank", "_retries", "_splice", "_timer")
 
     _splice: tuple[int, bytes] | None
+    _rank: int | None
 
     def __init__(self, plane: DataPlane, client: ClientConnection, head: RequestHead, body: bytes, now_ns: int) -> None:
         LeasedExchange.__init__(self, plane, client, head, body, now_ns)  # what super() costs shows
@@ -129,7 +130,7 @@ class RoutedExchange(LeasedExchange):
     def _try(self, lease: Lease, now_ns: int) -> None:
         """A worker is chosen: ask the pool for a connection to it."""
         plane = self._plane
-        slot, incarnation, self._splice = lease.terms
+        slot, incarnation, self._splice, self._rank = lease.terms
         address = plane.directory.address(slot, incarnation)
         if address is None:  # the worker left between the two calls
             lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, now_ns)
@@ -209,7 +210,7 @@ class RoutedExchange(LeasedExchange):
             body = body[:offset] + inserted + body[offset:]
         address = self._address
         authorization = address.authorization or self._plane.worker_authorization
-        head = self._head.to_worker(address.host_header, authorization, self.request_id, len(body))
+        head = self._head.to_worker(address.host_header, authorization, self.request_id, len(body), self._rank)
         connection.send(self, head, body)
 
     def connect_failed(self, reason: str, failure: ConnectFailure) -> None:

@@ -11,7 +11,7 @@ use super::chat::Messages;
 use super::guard::{self, Refusal};
 use super::input::{EXPECTED_ID, Input, InputSeed, WRONG};
 use super::json::{Any, AnyScalar, FreeFormList, MAX_DEPTH, Name, Scalar, Skip, TOO_DEEP, visit_alike};
-use super::{BadRequest, Endpoint, Prompt};
+use super::{BadRequest, Endpoint, Prompt, RankPlace};
 
 /// sonic-rs and the ends of blocks count bytes in 32 bits.
 const MAX_BODY_BYTES: usize = u32::MAX as usize / 2;
@@ -33,8 +33,12 @@ pub(super) fn read(hash: &BlockHash, endpoint: Endpoint, body: &[u8]) -> Result<
     let fields = Any(fields).deserialize(&mut json).and_then(|fields| json.end().map(|()| fields));
     let fields = fields.map_err(|error| unreadable(endpoint, &error.to_string()))?;
     let fields = fields.ok_or_else(|| BadRequest::new("The body must be a JSON object.", None))?;
-    let splice_offset = text.trim_end().len() - 1;
-    fields.into_prompt(hash, splice_offset)
+    let rank_place = if fields.names_rank {
+        RankPlace::Last(text.trim_end().len() - 1)
+    } else {
+        RankPlace::First(text.len() - text.trim_start().len() + 1)
+    };
+    fields.into_prompt(hash, rank_place)
 }
 
 fn unreadable(endpoint: Endpoint, reason: &str) -> BadRequest {
@@ -106,6 +110,8 @@ struct Fields<'r, 'de> {
     model: Scalar<'de>,
     stream: Scalar<'de>,
     pinned_rank: Scalar<'de>,
+    /// Whether a rank is named at all, be it null.
+    names_rank: bool,
     rid: Scalar<'de>,
     priority: Scalar<'de>,
     namespace: [Option<String>; 4],
@@ -124,6 +130,7 @@ impl<'r, 'de> Fields<'r, 'de> {
             model: Scalar::Null,
             stream: Scalar::Null,
             pinned_rank: Scalar::Null,
+            names_rank: false,
             rid: Scalar::Null,
             priority: Scalar::Null,
             namespace: [const { None }; 4],
@@ -139,7 +146,14 @@ impl<'r, 'de> Fields<'r, 'de> {
         match (field, self.endpoint) {
             (Field::Model, _) => self.model = map.next_value_seed(Any(AnyScalar))?,
             (Field::Stream, _) => self.stream = map.next_value_seed(Any(AnyScalar))?,
-            (Field::PinnedRank, _) => self.pinned_rank = map.next_value_seed(Any(AnyScalar))?,
+            (Field::PinnedRank, _) => {
+                self.names_rank = true;
+                // Of the two names one may be null: the other one counts.
+                match map.next_value_seed(Any(AnyScalar))? {
+                    Scalar::Null => {}
+                    rank => self.pinned_rank = rank,
+                }
+            }
             (Field::Rid, _) => self.rid = map.next_value_seed(Any(AnyScalar))?,
             (Field::Priority, _) => self.priority = map.next_value_seed(Any(AnyScalar))?,
             (Field::Namespace(field), _) => {
@@ -179,7 +193,7 @@ impl<'r, 'de> Fields<'r, 'de> {
         Ok(())
     }
 
-    fn into_prompt(self, hash: &BlockHash, splice_offset: usize) -> Result<Prompt, BadRequest> {
+    fn into_prompt(self, hash: &BlockHash, rank_place: RankPlace) -> Result<Prompt, BadRequest> {
         let model = match self.model {
             Scalar::Null => None,
             Scalar::Text(name) => Some(name.into_owned()),
@@ -250,7 +264,7 @@ impl<'r, 'de> Fields<'r, 'de> {
                 Scalar::Negative(priority) => Some(priority),
                 _ => None,
             },
-            splice_offset,
+            rank_place,
         })
     }
 }

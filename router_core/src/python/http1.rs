@@ -169,7 +169,7 @@ impl RequestHead {
     }
 
     /// The head to send to a worker.
-    #[pyo3(signature = (host, authorization, request_id, content_length, /))]
+    #[pyo3(signature = (host, authorization, request_id, content_length, rank, /))]
     fn to_worker<'py>(
         &self,
         py: Python<'py>,
@@ -177,8 +177,9 @@ impl RequestHead {
         authorization: Option<&[u8]>,
         request_id: &[u8],
         content_length: i64,
+        rank: Option<u16>,
     ) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.0.to_worker(host, authorization, request_id, length_or_none(content_length)))
+        PyBytes::new(py, &self.0.to_worker(host, authorization, request_id, length_or_none(content_length), rank))
     }
 
     /// The head to send to the control app.

@@ -72,10 +72,10 @@ impl Lease {
         self.0.incarnation()
     }
 
-    /// (slot, incarnation, splice), which are asked for together.
+    /// (slot, incarnation, splice, told rank), which are asked for together.
     #[getter]
-    fn terms<'py>(&self, py: Python<'py>) -> (u16, u64, Option<(usize, Bound<'py, PyBytes>)>) {
-        (self.slot(), self.incarnation(), self.splice(py))
+    fn terms<'py>(&self, py: Python<'py>) -> (u16, u64, Option<(usize, Bound<'py, PyBytes>)>, Option<u16>) {
+        (self.slot(), self.incarnation(), self.splice(py), self.0.told_rank())
     }
 
     #[getter]

@@ -26,8 +26,10 @@ pub(super) struct Terms {
     pub(super) slot: u16,
     pub(super) head: u16,
     pub(super) incarnation: u64,
-    /// The rank that the worker must be told.
-    pub(super) spliced_rank: Option<u16>,
+    /// The rank that the worker is told in a header.
+    pub(super) told_rank: Option<u16>,
+    /// Whether its body must be told, too: the client did not.
+    pub(super) splices_rank: bool,
     pub(super) match_bytes: u32,
     pub(super) predicted_cached_tokens: u64,
     /// How long ago the target was last sent what it is taken to hold, as a share of its capacity.
@@ -75,8 +77,13 @@ impl Lease {
 
     /// What to insert into the body, and where, so that the worker uses the rank that was chosen.
     pub fn splice(&self) -> Option<(usize, Vec<u8>)> {
-        let rank = self.terms.spliced_rank?;
-        Some((self.request.prompt().splice_offset, format!(",\"data_parallel_rank\":{rank}").into_bytes()))
+        let rank = self.terms.told_rank.filter(|_| self.terms.splices_rank)?;
+        Some(self.request.prompt().rank_place.splice(rank))
+    }
+
+    /// The rank to name in the head as well: workers that read no rank in bodies read one there.
+    pub fn told_rank(&self) -> Option<u16> {
+        self.terms.told_rank
     }
 
     /// How its attempt went on the wire: on a connection that had been used before (None: on none), and in which pieces the answer
