@@ -217,6 +217,9 @@ class TargetInfo:
     @property
     def response_bytes(self) -> int: ...
     @property
+    def kv_capacity_tokens(self) -> int:
+        """Of its cache; 0: unknown."""
+    @property
     def sticky_keys(self) -> int:
         """Routing keys that were given to it by the policy `manual`."""
     @property
@@ -409,6 +412,8 @@ class Core:
         self, head: int, models: Sequence[str], kv_capacity_tokens: int, policy: str | None, now_ns: int, /
     ) -> None:
         """The worker was asked again. Its slots stay."""
+    def set_kv_capacity(self, slot: int, kv_capacity_tokens: int, /) -> None:
+        """The worker told the size of one rank's cache. Raises ValueError when no worker has the slot."""
     def restart_worker(self, head: int, now_ns: int, /) -> None:
         """The worker is known to have lost its cache (restart, flush, new weights): forget what it held. O(1)."""
     def drain_worker(self, head: int, /) -> None:

@@ -169,6 +169,10 @@ class RouterConfig:
     )
     health_check_endpoint: str = _flag("/health", "path that is asked", "PATH")
     disable_health_check: bool = _flag(False, "a worker is ready once it told its model, and is not checked afterwards")
+    load_monitor_interval: float = _flag(
+        10.0, "seconds after which a worker is asked again what each of its ranks has to do", "SECONDS"
+    )
+    disable_load_monitoring: bool = _flag(False, "workers are not asked what they have to do")
     worker_startup_timeout_secs: float = _flag(
         1800.0, "seconds after which a worker that never answered is reported as failed (it is still asked)", "SECONDS"
     )
@@ -280,6 +284,7 @@ def _check_resilience(config: RouterConfig) -> None:
     _require(config, "retry_jitter_factor", 0 <= config.retry_jitter_factor <= 1, "must be between 0 and 1")
     _require_positive(config, "health_check_timeout_secs", "health_check_interval_secs")
     _require_positive(config, "worker_startup_timeout_secs", "worker_startup_check_interval")
+    _require_positive(config, "load_monitor_interval")
     path = config.health_check_endpoint
     usable = path.startswith("/") and path.isascii() and path.isprintable() and " " not in path
     _require(config, "health_check_endpoint", usable, "must be a path that starts with /")

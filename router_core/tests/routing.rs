@@ -328,6 +328,24 @@ fn a_client_may_insist_on_a_rank() {
 }
 
 #[test]
+fn each_rank_has_a_cache_of_its_own_size() {
+    let fleet = Fleet::new(settings(), 0);
+    fleet.add(&[MODEL], 2);
+    fleet.router.set_kv_capacity(0, 64).unwrap();
+    for rank in [0, 1] {
+        for prompt in ["a", "b", "c"] {
+            let text = prompt.repeat(256);
+            let body = format!(r#"{{"text": "{text}", "data_parallel_rank": {rank}}}"#);
+            fleet.answer(&fleet.read(Endpoint::Generate, &body));
+        }
+    }
+    let credited = |slot| fleet.router.target(slot).unwrap().index_characters;
+    assert_eq!((credited(0), credited(1)), (256, 768));
+    assert_eq!(fleet.router.target(0).unwrap().kv_capacity_tokens, 64);
+    assert!(fleet.router.set_kv_capacity(2, 64).is_err());
+}
+
+#[test]
 fn tokens_are_predicted_as_the_target_counts_them() {
     let fleet = Fleet::new(settings(), 1);
     let request = fleet.text(&"t".repeat(2_048));

@@ -167,9 +167,11 @@ class Facts:
     kv_tokens: int
     """Per dp rank."""
     dialect: str = "sglang"
+    rank_kv_tokens: tuple[int, ...] = ()
+    """What /v1/loads says instead of `kv_tokens`, by rank."""
 
-    def info(self, path: str, running: list[int], used_tokens: list[int]) -> bytes | None:
-        """Body of one of the GETs, None when this dialect has no such path."""
+    def info(self, path: str, running: list[int], used_tokens: list[int], hit_rates: list[float]) -> bytes | None:
+        """Body of one of the GETs, None when this dialect has no such path. Lists: by rank."""
         if path == "/v1/models":
             entry = {"object": "model", "created": 0, "owned_by": self.dialect, "max_model_len": 131072}
             return _dump({"object": "list", "data": [{"id": m, "root": m} | entry for m in self.models]})
@@ -209,8 +211,10 @@ class Facts:
                     "num_waiting_uncached_tokens": 0,
                     "num_total_reqs": running[r],
                     "num_used_tokens": used_tokens[r],
-                    "max_total_num_tokens": self.kv_tokens,
+                    "max_total_num_tokens": self.rank_kv_tokens[r] if self.rank_kv_tokens else self.kv_tokens,
                     "token_usage": used_tokens[r] / self.kv_tokens,
+                    "gen_throughput": 0.0,
+                    "cache_hit_rate": hit_rates[r],
                     "max_running_requests": 256,
                 }
                 for r in ranks

@@ -43,8 +43,9 @@ class FakeWorker:
         dialect: str = "sglang",
         lean: bool = False,
         mortal: bool = False,
+        rank_kv_tokens: tuple[int, ...] = (),
     ) -> None:
-        self.facts = Facts(models=models, dp_size=dp_size, kv_tokens=kv_tokens, dialect=dialect)
+        self.facts = Facts(models, dp_size, kv_tokens, dialect, rank_kv_tokens)
         self.script = Script()
         self.record = Record()
         self.caches = [PrefixCache(kv_tokens, page_tokens) for _ in range(dp_size)]
@@ -135,6 +136,15 @@ class FakeWorker:
             if connection.current is not None:
                 counts[connection.current.rank] += 1
         return counts
+
+    def hit_rates(self) -> list[float]:
+        """Cached share of the prompt tokens of each rank."""
+        rates = []
+        for rank in range(self.facts.dp_size):
+            seen = [request for request in self.record.requests if request.rank == rank]
+            prompt = sum(request.prompt_tokens for request in seen)
+            rates.append(sum(request.cached_tokens for request in seen) / prompt if prompt else 0.0)
+        return rates
 
 
 class Connection(asyncio.Protocol):
@@ -294,7 +304,8 @@ class Connection(asyncio.Protocol):
         if path == "/abort_request":
             worker.abort(json.loads(body))
             return 200, b"{}", kind
-        answer = worker.facts.info(path, worker.running(), [cache.used_tokens for cache in worker.caches])
+        used_tokens = [cache.used_tokens for cache in worker.caches]
+        answer = worker.facts.info(path, worker.running(), used_tokens, worker.hit_rates())
         return (404, b'{"error":"no such path"}', kind) if answer is None else (200, answer, kind)
 
     def _infer(self, path: str, request_head: bytes, body: bytes) -> None:

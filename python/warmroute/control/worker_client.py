@@ -6,7 +6,14 @@ from typing import Any, Final
 
 import httpx
 
-from warmroute.control.worker_facts import UnusableAnswer, WorkerFacts, read_facts, read_load
+from warmroute.control.worker_facts import (
+    RankLoad,
+    UnusableAnswer,
+    WorkerFacts,
+    read_facts,
+    read_load,
+    read_rank_loads,
+)
 from warmroute.control.workers import Worker
 
 # SGLang's server closes idle connections after 5 s; a connection must not be written to while it does.
@@ -71,6 +78,14 @@ class WorkerClient:
             if load is not None:
                 return load
         return -1
+
+    async def rank_loads(self, worker: Worker) -> tuple[RankLoad, ...]:
+        """What each of its ranks has to do. Raises WorkerUnreachable, also when it does not say."""
+        answer = await self._first_json(worker, "/v1/loads?include=core", "/get_load")
+        loads = read_rank_loads(answer)
+        if loads is None:
+            raise WorkerUnreachable("neither /v1/loads nor /get_load tells loads by rank")
+        return loads
 
     async def flush(self, worker: Worker) -> None:
         """Raises WorkerUnreachable when its cache was not flushed."""

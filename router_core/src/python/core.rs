@@ -269,6 +269,11 @@ impl Core {
         Ok(self.router.update_worker(head, &models, kv_capacity_tokens, policy)?)
     }
 
+    #[pyo3(signature = (slot, kv_capacity_tokens, /))]
+    fn set_kv_capacity(&self, slot: u16, kv_capacity_tokens: u64) -> PyResult<()> {
+        Ok(self.router.set_kv_capacity(slot, kv_capacity_tokens)?)
+    }
+
     #[pyo3(signature = (head, now_ns, /))]
     fn restart_worker(&self, head: u16, now_ns: u64) -> PyResult<()> {
         let _ = now_ns;
