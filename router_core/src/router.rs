@@ -246,7 +246,8 @@ impl Router {
             permit: state.targets.breaker(state.targets.head(slot)).is_half_open(),
         };
         let head = state.targets.head(slot);
-        let load_before = state.targets.load(slot);
+        // Of the rank that has most to do: its step is everybody's.
+        let load_before = state.targets.slots_of(head).map(|rank| state.targets.load(rank)).max().unwrap_or_default();
         let queued_tokens = speed.queue(work.uncached_tokens as f64, now_ns);
         state.targets.set_speed(slot, &speed);
         state.targets.begin(slot, work);

@@ -25,7 +25,9 @@ async def targets(
 ) -> list[dict[str, Any]]:
     """Its ranks, as soon as they are as wished for."""
     async with asyncio.timeout(5):
-        while not until(found := (await control.info(worker_id))["targets"]):
+        found: list[dict[str, Any]] = []
+        while not found or not until(found):
+            found = (await control.info(worker_id))["targets"]
             await asyncio.sleep(0.02)
     return found
 

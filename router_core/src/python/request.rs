@@ -56,6 +56,9 @@ impl RoutedRequest {
     }
 }
 
+/// Where to insert what into a body.
+type Splice<'py> = Option<(usize, Bound<'py, PyBytes>)>;
+
 /// One attempt's claim on one target. Dropped without `release`, it counts as CANCELLED.
 #[pyclass(module = "warmroute._core", frozen)]
 pub(super) struct Lease(pub(super) router::Lease);
@@ -74,7 +77,7 @@ impl Lease {
 
     /// (slot, incarnation, splice, told rank), which are asked for together.
     #[getter]
-    fn terms<'py>(&self, py: Python<'py>) -> (u16, u64, Option<(usize, Bound<'py, PyBytes>)>, Option<u16>) {
+    fn terms<'py>(&self, py: Python<'py>) -> (u16, u64, Splice<'py>, Option<u16>) {
         (self.slot(), self.incarnation(), self.splice(py), self.0.told_rank())
     }
 
@@ -89,7 +92,7 @@ impl Lease {
     }
 
     #[getter]
-    fn splice<'py>(&self, py: Python<'py>) -> Option<(usize, Bound<'py, PyBytes>)> {
+    fn splice<'py>(&self, py: Python<'py>) -> Splice<'py> {
         self.0.splice().map(|(offset, bytes)| (offset, PyBytes::new(py, &bytes)))
     }
 
