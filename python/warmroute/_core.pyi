@@ -414,6 +414,34 @@ class Core:
         """The worker was asked again. Its slots stay."""
     def set_kv_capacity(self, slot: int, kv_capacity_tokens: int, /) -> None:
         """The worker told the size of one rank's cache. Raises ValueError when no worker has the slot."""
+    # -- what caches tell: hashes are of 64 bits
+
+    def kv_begin(self, slot: int, models: tuple[str, ...], is_new: bool, is_whole: bool, /) -> None:
+        """From now on events tell what the rank in `slot` holds; what they told before does not count any more. `is_new`: its
+        cache is not the one that was known until now. `is_whole`: it is empty, or a snapshot follows; else some of it is
+        not known. Raises ValueError when no worker has the slot."""
+    def kv_end(self, slot: int, /) -> None:
+        """Nothing tells any more what it holds: what is known of it ages as that of any other."""
+    def kv_stored(
+        self,
+        slot: int,
+        hashes: list[int],
+        parent: int | None,
+        tokens: list[int],
+        block_size: int,
+        medium: int,
+        plain: bool,
+        /,
+    ) -> bool:
+        """Blocks were stored behind `parent` (None: at the beginning of a prompt) in a medium (one bit of 8). `plain`: any request
+        with these tokens finds them. False: the event contradicts itself, and was left out. Raises ValueError when the rank
+        is not fed, or gone; so do the others."""
+    def kv_removed(self, slot: int, hashes: list[int], medium: int | None, /) -> None:
+        """Blocks were given up in a medium; None: wherever they were."""
+    def kv_resync(self, slot: int, blocks: list[tuple[int, int | None, list[int]]], /) -> None:
+        """The cache holds just these blocks: (hash, that of the block before it, tokens), each behind the one before it."""
+    def kv_view(self, slot: int, /) -> tuple[int, int, int] | None:
+        """(blocks, tokens, blocks that the index cannot use) of a rank that is fed."""
     def restart_worker(self, head: int, now_ns: int, /) -> None:
         """The worker is known to have lost its cache (restart, flush, new weights): forget what it held. O(1)."""
     def drain_worker(self, head: int, /) -> None:

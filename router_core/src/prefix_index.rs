@@ -253,6 +253,20 @@ impl PrefixIndex<'_> {
         }
     }
 
+    /// The target in `slot` says that it holds the block with this key, the `index`th of a prompt, which ends at `end` bytes of it.
+    pub fn hold(&mut self, slot: u16, index: usize, key: u64, end: u32) {
+        let holder = Holder::new(slot, self.clocks.stamps(slot).at(end));
+        self.store.stamp(key, table::depth_class(index), holder, |other| self.clocks.age(other));
+    }
+
+    /// The target in `slot` says that it does not hold the block with this key any more.
+    pub fn give_up(&mut self, slot: u16, key: u64) {
+        let Some(position) = self.store.table.find(key) else { return };
+        if let Some(holder) = self.store.holder(position, slot) {
+            self.store.remove(position, holder);
+        }
+    }
+
     /// The target in `slot` took in `bytes` of text that no prompt has brought: what it generates takes room in its cache too.
     pub fn advance(&mut self, slot: u16, bytes: u64) {
         let quanta = self.clocks.quanta(slot, bytes);

@@ -16,6 +16,7 @@ mod blocks;
 mod body;
 mod chat;
 mod guard;
+mod ids;
 mod input;
 mod json;
 
@@ -23,6 +24,7 @@ use std::fmt;
 
 pub use blocks::Block;
 use blocks::BlockHash;
+pub use ids::{IdBlock, IdChain};
 
 /// Which routed path a body came to; decides which fields are the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -132,6 +134,16 @@ impl PromptReader {
     /// routing reads and every worker would refuse as well. Unknown fields are skipped, whatever they are.
     pub fn read(&self, endpoint: Endpoint, body: &[u8]) -> Result<Prompt, BadRequest> {
         body::read(&self.hash, endpoint, body)
+    }
+
+    /// The empty prompt of token ids, for requests that name one of `models` (None: that name none), without LoRA or salt.
+    pub fn id_chain(&self, models: &[Option<&str>]) -> IdChain {
+        IdChain::new(&self.hash, models)
+    }
+
+    /// `chain` with `ids` behind it, and the blocks that become whole by them.
+    pub fn extend_ids(&self, chain: &IdChain, ids: &[u32]) -> (IdChain, Vec<IdBlock>) {
+        chain.extended(&self.hash, ids)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The router: reads a request, selects a target for it, takes the lease on it back.
 //!
 //! **Owner.** All state that a decision reads is in the region; beside it the router owns what no decision reads (counters,
-//! names) and scratch memory. Locks are taken in this order: a request's progress, scratch, region.
+//! names), scratch memory and mirrors of caches. Locks are taken in this order: a request's progress, scratch or mirrors, region.
 //!
 //! ```text
 //! read     scan, keys                                     no lock
@@ -11,6 +11,7 @@
 
 mod admission;
 mod explain;
+mod kv_events;
 mod lease;
 mod names;
 mod request;
@@ -20,6 +21,7 @@ mod views;
 mod workers;
 
 pub use explain::{CandidateView, Explanation};
+pub use kv_events::FeedView;
 pub use lease::Lease;
 pub use request::Request;
 pub use settings::Settings;
@@ -68,6 +70,8 @@ pub struct Router {
     others: Mutex<BTreeMap<usize, Slab>>,
     names: Names,
     matches: Mutex<Matches>,
+    /// By slot, of ranks whose events this process follows.
+    feeds: Mutex<BTreeMap<u16, kv_events::Feed>>,
 }
 
 impl Router {
@@ -101,6 +105,7 @@ impl Router {
             others: Mutex::default(),
             names: Names::new(hash_seed),
             matches: Mutex::new(Matches::new(MAX_TARGETS)),
+            feeds: Mutex::default(),
             settings,
         }))
     }
@@ -227,6 +232,10 @@ impl Router {
         Ok(guard)
     }
 
+    fn feeds(&self) -> MutexGuard<'_, BTreeMap<u16, kv_events::Feed>> {
+        self.feeds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn refresh_all(&self, state: &mut State<'_>) {
         for head in state.targets.heads().collect::<Vec<_>>() {
             self.refresh_availability(state, head);
@@ -256,7 +265,9 @@ impl Router {
         }
         let match_age = state.index.age(slot, &prompt.blocks, matched);
         state.index.lift(slot, &prompt.blocks, matched);
-        let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes);
+        // The clock of a fed target advances when its cache says so.
+        let new_bytes = if state.targets.is_fed(slot) { 0 } else { uncached_bytes };
+        let claim = state.index.stamp(slot, &prompt.blocks, matched, new_bytes);
         Lease::new(
             request,
             lease::Terms {

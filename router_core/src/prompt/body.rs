@@ -1,6 +1,5 @@
 //! The top level of a body: collects the fields that routing reads, each with its last value, and makes the [`Prompt`] of them.
 
-use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, MapAccess, Visitor};
@@ -9,7 +8,7 @@ use sonic_rs::Deserializer as JsonDeserializer;
 use super::blocks::{BlockHash, BlockStream, TOOL_BLOCKS, link};
 use super::chat::Messages;
 use super::guard::{self, Refusal};
-use super::input::{EXPECTED_ID, Input, InputSeed, WRONG};
+use super::input::{EXPECTED_ID, Input, InputKind, InputSeed, WRONG};
 use super::json::{Any, AnyScalar, FreeFormList, MAX_DEPTH, Name, Scalar, Skip, TOO_DEEP, visit_alike};
 use super::{BadRequest, Endpoint, Prompt, RankPlace};
 
@@ -39,6 +38,19 @@ pub(super) fn read(hash: &BlockHash, endpoint: Endpoint, body: &[u8]) -> Result<
         RankPlace::First(text.len() - text.trim_start().len() + 1)
     };
     fields.into_prompt(hash, rank_place)
+}
+
+/// What a chain of keys begins with: only prompts of one kind, model, adapter and salt meet.
+pub(super) fn namespace(hash: &BlockHash, kind: InputKind, model: Option<&str>, others: &[Option<String>; 4]) -> u64 {
+    let mut namespace = Vec::with_capacity(64);
+    namespace.push(kind as u8);
+    for part in std::iter::once(model).chain(others.iter().map(Option::as_deref)) {
+        // Length first, so that no two lists of parts read alike; 0 for what is absent.
+        let part = part.unwrap_or_default();
+        namespace.extend_from_slice(&(part.len() as u32).to_le_bytes());
+        namespace.extend_from_slice(part.as_bytes());
+    }
+    hash.of(&namespace)
 }
 
 fn unreadable(endpoint: Endpoint, reason: &str) -> BadRequest {
@@ -235,14 +247,7 @@ impl<'r, 'de> Fields<'r, 'de> {
                 return Err(BadRequest::new(message, Some(param)));
             }
         };
-        let mut namespace = Vec::with_capacity(64);
-        namespace.push(found.kind as u8);
-        for part in std::iter::once(&model).chain(&self.namespace) {
-            // Length first, so that no two lists of parts read alike; 0 for what is absent.
-            let part = part.as_deref().map_or(Cow::Borrowed(""), Cow::Borrowed);
-            namespace.extend_from_slice(&(part.len() as u32).to_le_bytes());
-            namespace.extend_from_slice(part.as_bytes());
-        }
+        let namespace = namespace(hash, found.kind, model.as_deref(), &self.namespace);
         let tools_bytes = self.tools.as_ref().map_or(0, BlockStream::text_bytes);
         let routed_bytes = tools_bytes + found.stream.text_bytes();
         Ok(Prompt {
@@ -251,7 +256,7 @@ impl<'r, 'de> Fields<'r, 'de> {
             prompt_bytes: u64::from(routed_bytes) + found.other_bytes,
             routed_bytes,
             batch: found.batch,
-            blocks: link(hash.of(&namespace), self.tools, found.stream),
+            blocks: link(namespace, self.tools, found.stream),
             pinned_rank,
             // Neither is the router's to refuse.
             rid: match self.rid {

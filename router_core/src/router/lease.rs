@@ -191,8 +191,10 @@ impl Router {
             }
             if let Ok(cached_tokens) = u64::try_from(outcome.cached_tokens) {
                 let predicted = terms.predicted_cached_tokens.min(prompt_tokens);
-                state.targets.learn_cached_share(slot, terms.match_age, prompt_tokens, predicted, cached_tokens);
-                self.fit_capacity(state, slot);
+                if !state.targets.is_fed(slot) {
+                    state.targets.learn_cached_share(slot, terms.match_age, prompt_tokens, predicted, cached_tokens);
+                    self.fit_capacity(state, slot);
+                }
                 count(TargetCounter::PromptTokens, prompt_tokens);
                 count(TargetCounter::ReportedCachedTokens, cached_tokens);
                 count(TargetCounter::PredictedCachedTokens, predicted);
@@ -200,8 +202,10 @@ impl Router {
         }
         if let Ok(completion_tokens @ 1..) = u64::try_from(outcome.completion_tokens) {
             count(TargetCounter::CompletionTokens, completion_tokens);
-            let bytes = completion_tokens as f64 * state.targets.bytes_per_token(slot);
-            state.index.advance(slot, bytes as u64);
+            if !state.targets.is_fed(slot) {
+                let bytes = completion_tokens as f64 * state.targets.bytes_per_token(slot);
+                state.index.advance(slot, bytes as u64);
+            }
         }
         if outcome.verdict() == Some(true) {
             // It was in use until now.

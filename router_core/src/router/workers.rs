@@ -98,6 +98,9 @@ impl Router {
             for field in [Field::Draining, Field::ProbeWanted] {
                 state.targets.set(field, head, 0);
             }
+            for slot in state.targets.slots_of(head) {
+                state.targets.set(Field::IsFed, slot, 0);
+            }
             self.refresh_availability(&mut state, head);
         }
         Ok(heads)
