@@ -415,11 +415,11 @@ class Core:
     def set_kv_capacity(self, slot: int, kv_capacity_tokens: int, /) -> None:
         """The worker told the size of one rank's cache. Raises ValueError when no worker has the slot."""
     # -- what caches tell: hashes are of 64 bits
-
     def kv_begin(self, slot: int, models: tuple[str, ...], is_new: bool, is_whole: bool, /) -> None:
-        """From now on events tell what the rank in `slot` holds; what they told before does not count any more. `is_new`: its
-        cache is not the one that was known until now. `is_whole`: it is empty, or a snapshot follows; else some of it is
-        not known. Raises ValueError when no worker has the slot."""
+        """From now on events tell what the rank in `slot` holds; what they told before does not count any more.
+
+        `is_new`: its cache is not the one that was known until now. `is_whole`: it is empty, or a snapshot follows;
+        else some of it is not known. Raises ValueError when no worker has the slot."""
     def kv_end(self, slot: int, /) -> None:
         """Nothing tells any more what it holds: what is known of it ages as that of any other."""
     def kv_stored(
@@ -433,13 +433,14 @@ class Core:
         plain: bool,
         /,
     ) -> bool:
-        """Blocks were stored behind `parent` (None: at the beginning of a prompt) in a medium (one bit of 8). `plain`: any request
-        with these tokens finds them. False: the event contradicts itself, and was left out. Raises ValueError when the rank
-        is not fed, or gone; so do the others."""
+        """Blocks were stored behind `parent` (None: at the beginning of a prompt) in a medium (one bit of 7).
+
+        `plain`: any request with these tokens finds them. False: the event contradicts itself, and was left out.
+        Raises ValueError when the rank is not fed, or gone; so do the others."""
     def kv_removed(self, slot: int, hashes: list[int], medium: int | None, /) -> None:
         """Blocks were given up in a medium; None: wherever they were."""
     def kv_resync(self, slot: int, blocks: list[tuple[int, int | None, list[int]]], /) -> None:
-        """The cache holds just these blocks: (hash, that of the block before it, tokens), each behind the one before it."""
+        """The cache holds just these blocks: (hash, that of the block before it, tokens), each behind that one."""
     def kv_view(self, slot: int, /) -> tuple[int, int, int] | None:
         """(blocks, tokens, blocks that the index cannot use) of a rank that is fed."""
     def restart_worker(self, head: int, now_ns: int, /) -> None:

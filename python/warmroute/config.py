@@ -140,6 +140,9 @@ class RouterConfig:
     dp_aware: bool = _flag(
         True, "each dp rank of a worker is a target of its own; with --no-dp-aware the worker divides requests itself"
     )
+    kv_events: bool = _flag(
+        False, "follow what the workers' KV caches tell of themselves, and credit them with what they hold"
+    )
     strict_model: bool = _flag(False, "answer 404 to an unknown model even when only one model is served")
     seed: int | None = _flag(None, "seed of every random choice, for reproducible runs", "INTEGER")
     # Whoever knows it can make prompts that collide.

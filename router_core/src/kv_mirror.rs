@@ -134,6 +134,11 @@ impl Mirror {
         changes
     }
 
+    /// Blocks of the index that are held.
+    pub fn held(&self) -> impl Iterator<Item = &IdBlock> {
+        self.nodes.values().flat_map(|node| &node.ends)
+    }
+
     /// Forgets everything; the blocks of the index that were held.
     pub fn take_all(&mut self) -> Vec<IdBlock> {
         self.tokens = 0;

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from warmroute._core import TargetInfo
+from warmroute.control.kv_feeds import KvFeeds
 from warmroute.control.load_monitor import LoadMonitor
 from warmroute.control.worker_facts import RankLoad
 from warmroute.control.workers import Registry
@@ -58,7 +59,20 @@ _TOLD: Final[dict[str, tuple[str, Callable[[RankLoad], float | None]]]] = {
 }
 
 
-def rank_metrics(registry: Registry, loads: LoadMonitor) -> Iterator[Metric]:
+_EVENTS: Final = {
+    "batches": "Batches of KV events that were applied",
+    "gaps": "Gaps in KV events, which were replayed or made good by a snapshot",
+    "resyncs": "Snapshots of KV caches that were read",
+    "losses": "Gaps in KV events that could not be made good",
+}
+_CACHES: Final = {
+    "blocks": "Blocks that the dp rank's KV cache holds, by its events",
+    "tokens": "Tokens in them",
+    "unmapped_blocks": "Of the blocks, those that the prefix index cannot use: what stands before them is not known",
+}
+
+
+def rank_metrics(registry: Registry, loads: LoadMonitor, feeds: KvFeeds) -> Iterator[Metric]:
     own, told = ("worker", "dp_rank"), ("worker", "model", "dp_rank")
     gauges = {name: GaugeMetricFamily(name, text, labels=own) for name, (text, _) in _GAUGES.items()}
     counters = {name: CounterMetricFamily(name, text, labels=own) for name, (text, _) in _COUNTERS.items()}
@@ -66,6 +80,8 @@ def rank_metrics(registry: Registry, loads: LoadMonitor) -> Iterator[Metric]:
     polls = CounterMetricFamily("smg_engine_load_polls", "Questions to workers for their loads", labels=("result",))
     polls.add_metric(("success",), loads.polls[True])
     polls.add_metric(("failure",), loads.polls[False])
+    events = {name: CounterMetricFamily(f"smg_kv_event_{name}", text, labels=own) for name, text in _EVENTS.items()}
+    caches = {name: GaugeMetricFamily(f"warmroute_kv_cache_{name}", text, labels=own) for name, text in _CACHES.items()}
     shown: set[str] = set()
     # Of two workers on one URL the one that drains has no series any more: its successor's would be the same.
     for worker in sorted(registry, key=lambda worker: worker.is_draining):
@@ -80,9 +96,14 @@ def rank_metrics(registry: Registry, loads: LoadMonitor) -> Iterator[Metric]:
                     gauges[name].add_metric((worker.spec.url, rank), value(target))
                 for name, (_, value) in _COUNTERS.items():
                     counters[name].add_metric((worker.spec.url, rank), value(target))
+            followed = feeds.view(worker, target.rank) or {}
+            for name in events.keys() & followed.keys():
+                events[name].add_metric((worker.spec.url, rank), followed[name])
+            for name in caches.keys() & followed.keys():
+                caches[name].add_metric((worker.spec.url, rank), followed[name])
             load = loads.load(worker, target.rank)
             for name, (_, of) in _TOLD.items():
                 number = None if load is None else of(load)
                 if number is not None:
                     engines[name].add_metric((worker.spec.url, worker.facts.models[0], rank), number)
-    yield from (*gauges.values(), *counters.values(), *engines.values(), polls)
+    yield from (*gauges.values(), *counters.values(), *engines.values(), *events.values(), *caches.values(), polls)

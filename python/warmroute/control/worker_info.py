@@ -4,12 +4,13 @@ from dataclasses import asdict
 from typing import Any
 
 from warmroute._core import TargetInfo
+from warmroute.control.kv_feeds import KvFeeds
 from warmroute.control.load_monitor import LoadMonitor
 from warmroute.control.worker_facts import RankLoad
 from warmroute.control.workers import Registry, Worker
 
 
-def worker_info(registry: Registry, loads: LoadMonitor, worker: Worker) -> dict[str, Any]:
+def worker_info(registry: Registry, loads: LoadMonitor, feeds: KvFeeds, worker: Worker) -> dict[str, Any]:
     """One element of `GET /workers`. Credentials are never shown."""
     facts, spec = worker.facts, worker.spec
     return {
@@ -32,7 +33,10 @@ def worker_info(registry: Registry, loads: LoadMonitor, worker: Worker) -> dict[
         "kv_capacity_tokens": facts.kv_capacity_tokens if facts else None,
         "last_failure": worker.failure,
         "job_status": _job_status(worker),
-        "targets": [_target(target, loads.load(worker, target.rank)) for target in registry.targets(worker)],
+        "targets": [
+            _target(target, loads.load(worker, target.rank)) | {"kv_events": feeds.view(worker, target.rank)}
+            for target in registry.targets(worker)
+        ],
     }
 
 

@@ -15,6 +15,10 @@ use crate::target::Field;
 /// Blocks of the index that are changed at once: some microseconds of the lock.
 const BLOCKS_AT_ONCE: usize = 64;
 
+/// All that a cache holds is stamped again when its clock has come this part of its horizon further: of each new token that is a
+/// sixteenth of a block at most.
+const STAMPED_AGAIN: u64 = 4;
+
 /// A mirror, and whose cache it shows.
 #[derive(Debug)]
 pub(super) struct Feed {
@@ -22,6 +26,8 @@ pub(super) struct Feed {
     mirror: Mirror,
     /// Whether the mirror shows all of the cache. If not, its size says nothing.
     is_whole: bool,
+    /// The target's clock when all that the mirror holds was stamped last.
+    stamped_at: u64,
 }
 
 /// What is known of a fed rank's cache.
@@ -58,7 +64,7 @@ impl Router {
         }
         state.targets.set(Field::IsFed, slot, 1);
         let incarnation = state.targets.incarnation(slot);
-        feeds.insert(slot, Feed { incarnation, mirror: Mirror::new(&self.reader, models), is_whole });
+        feeds.insert(slot, Feed { incarnation, mirror: Mirror::new(&self.reader, models), is_whole, stamped_at: 0 });
         Ok(())
     }
 
@@ -124,17 +130,29 @@ impl Router {
         let incarnation = feed.incarnation;
         // First what is gone: of a block that moved, the new place counts.
         self.give_up(slot, incarnation, &changes.dropped)?;
+        let (mut now, mut horizon) = (0, 0);
         self.with_fed(slot, incarnation, |state| {
             let bytes = changes.new_tokens as f64 * state.targets.bytes_per_token(slot);
             state.index.advance(slot, bytes as u64);
             if let Some(tokens) = tokens {
                 self.follow_capacity(state, slot, tokens, changes.evicted);
             }
+            (now, horizon) = state.index.clock(slot);
         })?;
-        for held in changes.held.chunks(BLOCKS_AT_ONCE) {
+        // Who holds it is told, not guessed from its age: what the cache has used again without our knowledge stays as well.
+        if now.abs_diff(feed.stamped_at) > horizon / STAMPED_AGAIN {
+            feed.stamped_at = now;
+            let all: Vec<IdBlock> = feed.mirror.held().cloned().collect();
+            return self.hold(slot, incarnation, &all);
+        }
+        self.hold(slot, incarnation, &changes.held)
+    }
+
+    fn hold(&self, slot: u16, incarnation: u64, blocks: &[IdBlock]) -> Result<(), Error> {
+        for held in blocks.chunks(BLOCKS_AT_ONCE) {
             self.with_fed(slot, incarnation, |state| {
                 for block in held {
-                    block.keys.iter().for_each(|&key| state.index.hold(slot, block.index, key, block.end));
+                    block.keys.iter().for_each(|&key| state.index.hold(slot, block.index, key));
                 }
             })?;
         }
