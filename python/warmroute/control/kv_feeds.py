@@ -16,7 +16,9 @@ from warmroute.control.workers import Registry, Worker
 log = logging.getLogger(__name__)
 
 _AGAIN_NS: Final = 60_000_000_000
-"""After which a worker that told nothing is asked again."""
+"""After which a worker that told nothing is asked again ..."""
+_SOON_NS: Final = 5_000_000_000
+"""... and one that did not answer."""
 _MISSING: Final = "it publishes over ZeroMQ, which needs the packages pyzmq and msgpack: pip install 'warmroute[zmq]'"
 _NOWHERE: Final = (
     "it has no /kv_events and names no publisher; if it has one, register it with the label "
@@ -104,9 +106,13 @@ class KvFeeds:
             following.task.add_done_callback(self._ending.discard)
 
     async def _follow(self, worker: Worker, following: _Following) -> None:
+        wait_ns = _AGAIN_NS
         try:
             await self._follow_ranks(worker, following)
-        except* (NotTold, WorkerUnreachable, ValueError) as errors:
+        except* WorkerUnreachable as errors:
+            following.failure, wait_ns = str(errors.exceptions[0]), _SOON_NS
+            log.debug("worker %s: its KV events cannot be followed yet: %s", worker.spec.url, following.failure)
+        except* (NotTold, ValueError) as errors:
             following.failure = str(errors.exceptions[0])
             log.warning("worker %s: its KV events cannot be followed: %s", worker.spec.url, following.failure)
         except* Exception as errors:  # a defect of ours must not end the control plane
@@ -116,7 +122,7 @@ class KvFeeds:
             for feed in following.feeds:
                 feed.end()
             following.feeds, following.task = [], None
-            following.again_ns = self._clock() + _AGAIN_NS
+            following.again_ns = self._clock() + wait_ns
 
     async def _follow_ranks(self, worker: Worker, following: _Following) -> None:
         assert worker.facts is not None
@@ -126,7 +132,9 @@ class KvFeeds:
             RankFeed(self._core, slot, models, f"worker {url}, KV events of dp rank {rank}")
             for rank, slot in enumerate(slots)
         ]
-        has_path = (await self._client.relay(worker, "/kv_events/snapshot?dp_rank=0")).is_success
+        # Whoever names a publisher wants it.
+        is_told = ENDPOINT_LABEL in worker.spec.labels
+        has_path = not is_told and (await self._client.relay(worker, "/kv_events/snapshot?dp_rank=0")).is_success
         async with asyncio.TaskGroup() as tasks:
             if has_path:
                 following.source = "http"
