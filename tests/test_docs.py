@@ -15,6 +15,8 @@ GUIDES = {"router.md": RouterConfig, "worker.md": WorkerArgs}
 ELSEWHERE = {
     "--check",
     "--check-config",
+    "--kv-events-config",
+    "--no-dp-aware",
     "--router-policy",
     "--router-dp-worker-base-port",
     "--dp-size",

@@ -123,6 +123,34 @@ class Dynamo(Preset):
         return (waiting + new + decoding + request.prompt_tokens) / PAGE_TOKENS
 
 
+class Affinity(Preset):
+    """Nothing but affinity, and never wrong about it: who was sent most of the prompt, however long its queue; of those
+    alike the shortest queue. Text that nobody has goes where least was sent. The most hits that can be had."""
+
+    def __init__(self, workload: Workload, workers: list[Worker], seed: int) -> None:
+        super().__init__(workload, workers, seed)
+        self._sent: dict[Target, set[int]] = {target: set() for target in self.targets}
+
+    def choose(self, request: Request, alive: list[Target]) -> Target:
+        keys = prompt_keys(request)
+        held = {target: self._held(target, keys) for target in alive}
+        most = max(held.values())
+        holders = [target for target in alive if held[target] == most]
+        target = self.least(holders, lambda target: self.load[target] if most else len(self._sent[target]))
+        self._sent[target].update(keys)
+        return target
+
+    def down(self, worker: int, now: float) -> None:
+        super().down(worker, now)
+        for target, sent in self._sent.items():
+            if target[0] == worker:
+                sent.clear()
+
+    def _held(self, target: Target, keys: list[int]) -> int:
+        sent = self._sent[target]
+        return next((depth for depth, key in enumerate(keys) if key not in sent), len(keys))
+
+
 class BoundedHashing(Preset):
     """Consistent hashing of the beginning of the prompt with bounded loads, as KubeAI does it: factor 1.25."""
 
@@ -154,4 +182,5 @@ PRESETS: dict[str, Callable[[Workload, list[Worker], int], Preset]] = {
     "preset:dynamo": Dynamo,
     "preset:least_load": LeastLoad,
     "preset:bounded_hashing": BoundedHashing,
+    "preset:affinity": Affinity,
 }

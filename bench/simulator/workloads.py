@@ -138,17 +138,25 @@ def overload(seed: int) -> Workload:
 
 def lockstep_ranks(seed: int) -> Workload:
     """W10: one worker of eight dp-attention ranks, heavy-tailed prompts, many shared."""
+    return _lockstep(seed, "W10", requests=2_000, rate=9.0)
+
+
+def full_ranks(seed: int, concurrency: int = 256) -> Workload:
+    """W10-full: the same ranks with as much to do as they can: the next prompt comes when an answer ends."""
+    return _lockstep(seed, "W10-full", requests=1_500, concurrency=concurrency)
+
+
+def _lockstep(seed: int, name: str, requests: int, rate: float = 0.0, concurrency: int = 0) -> Workload:
     dice = random.Random(seed)
     ids = _ids(seed)
     systems = [Segment("system", next(ids), 1_500) for _ in range(64)]
     sessions, now = [], 0.0
-    for _ in range(2_000):
-        now += dice.expovariate(9.0)
+    for _ in range(requests):
+        now += dice.expovariate(rate) if rate else 0.0
         question = Segment("user", next(ids), min(int(dice.paretovariate(1.2) * 100), 20_000))
         sessions.append(_single(now, dice.choice(systems), question, 300))
-    return Workload(
-        "W10", "8 lock-step ranks, heavy-tailed prompts", sessions, workers=1, ranks=8, engine=Engine(131_072)
-    )
+    what = "8 lock-step ranks, heavy-tailed prompts" + (f", {concurrency} at a time" if concurrency else "")
+    return Workload(name, what, sessions, concurrency, workers=1, ranks=8, engine=Engine(131_072))
 
 
 def outages(seed: int) -> Workload:
@@ -181,5 +189,6 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
     "W9-fifo": partial(capacity_churn, fifo=True),
     "W9-full": overload,
     "W10": lockstep_ranks,
+    "W10-full": full_ranks,
     "W11": outages,
 }

@@ -114,8 +114,8 @@ class Lease:
     ) -> tuple[bytes, bytes | None]:
         """The request `data`, which begins with `head`, as it goes to the target: request line, host, content-length,
         x-request-id, of the client's headers only content-type, accept, user-agent, x-correlation-id, traceparent,
-        tracestate, the routing keys, x-data-parallel-rank, and authorization (replaced by `authorization` when that is
-        given; b"" drops it); then the body with `splice` in it. The second part, of a long body, is to be sent behind
+        tracestate, the routing keys, x-data-parallel-rank (replaced by the rank that was chosen, if the client named
+        none), and authorization (replaced by `authorization` when that is given; b"" drops it); then the body with `splice` in it. The second part, of a long body, is to be sent behind
         the first.
 
         The arguments are written as they are: they must hold no line ends."""
@@ -220,6 +220,9 @@ class TargetInfo:
         """Of bodies that were sent to it."""
     @property
     def response_bytes(self) -> int: ...
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Of its cache; 0: unknown."""
     @property
     def sticky_keys(self) -> int:
         """Routing keys that were given to it by the policy `manual`."""
@@ -414,6 +417,37 @@ class Core:
         self, head: int, models: Sequence[str], kv_capacity_tokens: int, policy: str | None, now_ns: int, /
     ) -> None:
         """The worker was asked again. Its slots stay."""
+    def set_kv_capacity(self, slot: int, kv_capacity_tokens: int, /) -> None:
+        """The worker told the size of one rank's cache. Raises ValueError when no worker has the slot."""
+    # -- what caches tell: hashes are of 64 bits
+    def kv_begin(self, slot: int, models: tuple[str, ...], is_new: bool, is_whole: bool, /) -> None:
+        """From now on events tell what the rank in `slot` holds; what they told before does not count any more.
+
+        `is_new`: its cache is not the one that was known until now. `is_whole`: it is empty, or a snapshot follows;
+        else some of it is not known. Raises ValueError when no worker has the slot."""
+    def kv_end(self, slot: int, /) -> None:
+        """Nothing tells any more what it holds: what is known of it ages as that of any other."""
+    def kv_stored(
+        self,
+        slot: int,
+        hashes: list[int],
+        parent: int | None,
+        tokens: list[int],
+        block_size: int,
+        medium: int,
+        plain: bool,
+        /,
+    ) -> bool:
+        """Blocks were stored behind `parent` (None: at the beginning of a prompt) in a medium (one bit of 7).
+
+        `plain`: any request with these tokens finds them. False: the event contradicts itself, and was left out.
+        Raises ValueError when the rank is not fed, or gone; so do the others."""
+    def kv_removed(self, slot: int, hashes: list[int], medium: int | None, /) -> None:
+        """Blocks were given up in a medium; None: wherever they were."""
+    def kv_resync(self, slot: int, blocks: list[tuple[int, int | None, list[int]]], /) -> None:
+        """The cache holds just these blocks: (hash, that of the block before it, tokens), each behind that one."""
+    def kv_view(self, slot: int, /) -> tuple[int, int, int] | None:
+        """(blocks, tokens, blocks that the index cannot use) of a rank that is fed."""
     def restart_worker(self, head: int, now_ns: int, /) -> None:
         """The worker is known to have lost its cache (restart, flush, new weights): forget what it held. O(1)."""
     def drain_worker(self, head: int, /) -> None:

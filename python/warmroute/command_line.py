@@ -77,7 +77,9 @@ def add_router_flags(parser: argparse.ArgumentParser, prefix: str = "", skip: Se
         text = field.metadata["help"].replace("%", "%%")
         hint = hints[field.name]
         if hint is bool:
-            parser.add_argument(flag, dest=dest, action="store_true", default=argparse.SUPPRESS, help=text)
+            # What is on unless told otherwise can be switched off, by --no-...
+            action: Any = argparse.BooleanOptionalAction if field.default else "store_true"
+            parser.add_argument(flag, dest=dest, action=action, default=argparse.SUPPRESS, help=text)
             continue
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         if shown not in (None, ""):

@@ -137,6 +137,12 @@ class RouterConfig:
         "keep the prefix index and the workers in this file, so that a restarted router is warm; best in /dev/shm",
         "FILE",
     )
+    dp_aware: bool = _flag(
+        True, "each dp rank of a worker is a target of its own; with --no-dp-aware the worker divides requests itself"
+    )
+    kv_events: bool = _flag(
+        False, "follow what the workers' KV caches tell of themselves, and credit them with what they hold"
+    )
     strict_model: bool = _flag(False, "answer 404 to an unknown model even when only one model is served")
     seed: int | None = _flag(None, "seed of every random choice, for reproducible runs", "INTEGER")
     # Whoever knows it can make prompts that collide.
@@ -166,6 +172,10 @@ class RouterConfig:
     )
     health_check_endpoint: str = _flag("/health", "path that is asked", "PATH")
     disable_health_check: bool = _flag(False, "a worker is ready once it told its model, and is not checked afterwards")
+    load_monitor_interval: float = _flag(
+        10.0, "seconds after which a worker is asked again what each of its ranks has to do", "SECONDS"
+    )
+    disable_load_monitoring: bool = _flag(False, "workers are not asked what they have to do")
     worker_startup_timeout_secs: float = _flag(
         1800.0, "seconds after which a worker that never answered is reported as failed (it is still asked)", "SECONDS"
     )
@@ -277,6 +287,7 @@ def _check_resilience(config: RouterConfig) -> None:
     _require(config, "retry_jitter_factor", 0 <= config.retry_jitter_factor <= 1, "must be between 0 and 1")
     _require_positive(config, "health_check_timeout_secs", "health_check_interval_secs")
     _require_positive(config, "worker_startup_timeout_secs", "worker_startup_check_interval")
+    _require_positive(config, "load_monitor_interval")
     path = config.health_check_endpoint
     usable = path.startswith("/") and path.isascii() and path.isprintable() and " " not in path
     _require(config, "health_check_endpoint", usable, "must be a path that starts with /")

@@ -13,7 +13,6 @@ REFUSED_FLAGS: Final[dict[str, str]] = {
             "pd-disaggregation mini-lb prefill decode prefill-policy decode-policy prefill-selector decode-selector"
         ),
         "the bucket policy (prefill/decode disaggregation) is not built": "bucket-adjust-interval-secs",
-        "dp ranks are always routed to one by one: leave it out": "dp-aware",
         "several models are always served, by the names their workers tell: leave it out": "enable-igw",
         "the router does not tokenize: it forwards the body as it came": (
             "model-path tokenizer-path chat-template tokenizer-cache-enable-l0 tokenizer-cache-l0-max-entries "

@@ -7,6 +7,7 @@ pub mod breaker;
 pub mod error;
 pub mod health;
 pub mod http1;
+pub mod kv_mirror;
 mod mapping;
 pub mod metrics;
 pub mod model;

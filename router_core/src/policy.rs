@@ -11,6 +11,7 @@ mod least_load;
 mod manual;
 mod power_of_two;
 mod random;
+mod ranks;
 mod round_robin;
 
 pub use balance::Balance;

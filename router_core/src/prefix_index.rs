@@ -253,6 +253,20 @@ impl PrefixIndex<'_> {
         }
     }
 
+    /// The target in `slot` says that it holds the block with this key, the `index`th of a prompt. It counts as used now.
+    pub fn hold(&mut self, slot: u16, index: usize, key: u64) {
+        let holder = Holder::new(slot, self.clocks.stamps(slot).at(0));
+        self.store.stamp(key, table::depth_class(index), holder, |other| self.clocks.age(other));
+    }
+
+    /// The target in `slot` says that it does not hold the block with this key any more.
+    pub fn give_up(&mut self, slot: u16, key: u64) {
+        let Some(position) = self.store.table.find(key) else { return };
+        if let Some(holder) = self.store.holder(position, slot) {
+            self.store.remove(position, holder);
+        }
+    }
+
     /// The target in `slot` took in `bytes` of text that no prompt has brought: what it generates takes room in its cache too.
     pub fn advance(&mut self, slot: u16, bytes: u64) {
         let quanta = self.clocks.quanta(slot, bytes);
@@ -271,6 +285,11 @@ impl PrefixIndex<'_> {
             }
         }
         freed
+    }
+
+    /// How far the target's clock has come, and how far it may go on before what is used now does not count any more.
+    pub fn clock(&self, slot: u16) -> (u64, u64) {
+        self.clocks.now_and_horizon(slot)
     }
 
     /// Bytes of text that the target in `slot` is credited with: what it was sent since it came, at most its capacity.

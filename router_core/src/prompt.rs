@@ -16,6 +16,7 @@ mod blocks;
 mod body;
 mod chat;
 mod guard;
+mod ids;
 mod input;
 mod json;
 
@@ -23,6 +24,7 @@ use std::fmt;
 
 pub use blocks::Block;
 use blocks::BlockHash;
+pub use ids::{IdBlock, IdChain};
 
 /// Which routed path a body came to; decides which fields are the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,9 +93,27 @@ pub struct Prompt {
     pub rid: Option<String>,
     /// `priority`, as the worker's scheduler understands it; no policy reads it.
     pub priority: Option<i64>,
-    /// Where in the body a further `,"key":value` can be spliced in: before the brace that closes it. The body has at least one
-    /// field, and since the last of duplicate keys wins, what is spliced in there holds.
-    pub splice_offset: usize,
+    /// Where the rank that is chosen goes.
+    pub rank_place: RankPlace,
+}
+
+/// Where in a body that has at least one field `data_parallel_rank` is spliced in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RankPlace {
+    /// After the brace that opens the body, which ends at this offset.
+    First(usize),
+    /// Before the brace that closes it, at this offset: a rank is named already (as null), and of duplicate keys the last holds.
+    Last(usize),
+}
+
+impl RankPlace {
+    /// What to insert into the body, and where, so that it names this rank.
+    pub fn splice(self, rank: u16) -> (usize, Vec<u8>) {
+        match self {
+            Self::First(offset) => (offset, format!("\"data_parallel_rank\":{rank},").into_bytes()),
+            Self::Last(offset) => (offset, format!(",\"data_parallel_rank\":{rank}").into_bytes()),
+        }
+    }
 }
 
 /// Reads bodies. Immutable after construction; one per process serves all threads.
@@ -114,6 +134,16 @@ impl PromptReader {
     /// routing reads and every worker would refuse as well. Unknown fields are skipped, whatever they are.
     pub fn read(&self, endpoint: Endpoint, body: &[u8]) -> Result<Prompt, BadRequest> {
         body::read(&self.hash, endpoint, body)
+    }
+
+    /// The empty prompt of token ids, for requests that name one of `models` (None: that name none), without LoRA or salt.
+    pub fn id_chain(&self, models: &[Option<&str>]) -> IdChain {
+        IdChain::new(&self.hash, models)
+    }
+
+    /// `chain` with `ids` behind it, and the blocks that become whole by them.
+    pub fn extend_ids(&self, chain: &IdChain, ids: &[u32]) -> (IdChain, Vec<IdBlock>) {
+        chain.extended(&self.hash, ids)
     }
 }
 

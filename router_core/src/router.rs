@@ -1,7 +1,7 @@
 //! The router: reads a request, selects a target for it, takes the lease on it back.
 //!
 //! **Owner.** All state that a decision reads is in the region; beside it the router owns what no decision reads (counters,
-//! names) and scratch memory. Locks are taken in this order: a request's progress, scratch, region.
+//! names), scratch memory and mirrors of caches. Locks are taken in this order: a request's progress, scratch or mirrors, region.
 //!
 //! ```text
 //! read     scan, keys                                     no lock
@@ -11,6 +11,7 @@
 
 mod admission;
 mod explain;
+mod kv_events;
 mod lease;
 mod names;
 mod request;
@@ -20,6 +21,7 @@ mod views;
 mod workers;
 
 pub use explain::{CandidateView, Explanation};
+pub use kv_events::FeedView;
 pub use lease::Lease;
 pub use request::Request;
 pub use settings::Settings;
@@ -36,7 +38,7 @@ use crate::policy::{self, Candidates, Choice, Policies, Policy};
 use crate::prefix_index::Matches;
 use crate::prompt::{BadRequest, Endpoint, PromptReader};
 use crate::region::{Guard, MAX_TARGETS, Region, State};
-use crate::target::Work;
+use crate::target::{Field, Work};
 use explain::Shadow;
 use names::Names;
 use request::Progress;
@@ -68,6 +70,8 @@ pub struct Router {
     others: Mutex<BTreeMap<usize, Slab>>,
     names: Names,
     matches: Mutex<Matches>,
+    /// By slot, of ranks whose events this process follows.
+    feeds: Mutex<BTreeMap<u16, kv_events::Feed>>,
 }
 
 impl Router {
@@ -101,6 +105,7 @@ impl Router {
             others: Mutex::default(),
             names: Names::new(hash_seed),
             matches: Mutex::new(Matches::new(MAX_TARGETS)),
+            feeds: Mutex::default(),
             settings,
         }))
     }
@@ -227,6 +232,10 @@ impl Router {
         Ok(guard)
     }
 
+    fn feeds(&self) -> MutexGuard<'_, BTreeMap<u16, kv_events::Feed>> {
+        self.feeds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn refresh_all(&self, state: &mut State<'_>) {
         for head in state.targets.heads().collect::<Vec<_>>() {
             self.refresh_availability(state, head);
@@ -246,7 +255,8 @@ impl Router {
             permit: state.targets.breaker(state.targets.head(slot)).is_half_open(),
         };
         let head = state.targets.head(slot);
-        let load_before = state.targets.load(slot);
+        // Of the rank that has most to do: its step is everybody's.
+        let load_before = state.targets.slots_of(head).map(|rank| state.targets.load(rank)).max().unwrap_or_default();
         let queued_tokens = speed.queue(work.uncached_tokens as f64, now_ns);
         state.targets.set_speed(slot, &speed);
         state.targets.begin(slot, work);
@@ -255,15 +265,20 @@ impl Router {
         }
         let match_age = state.index.age(slot, &prompt.blocks, matched);
         state.index.lift(slot, &prompt.blocks, matched);
-        let claim = state.index.stamp(slot, &prompt.blocks, matched, uncached_bytes);
+        // The clock of a fed target advances when its cache says so.
+        let new_bytes = if state.targets.is_fed(slot) { 0 } else { uncached_bytes };
+        let claim = state.index.stamp(slot, &prompt.blocks, matched, new_bytes);
         Lease::new(
             request,
             lease::Terms {
                 slot,
                 head,
                 incarnation: state.targets.incarnation(slot),
-                spliced_rank: (state.targets.ranks(slot) > 1 && request.pinned_rank().is_none())
-                    .then(|| state.targets.rank(slot)),
+                // A rank that the worker does not have is its to refuse.
+                told_rank: (state.targets.ranks(slot) > 1)
+                    .then(|| state.targets.rank(slot))
+                    .filter(|&rank| request.pinned_rank().is_none_or(|pinned| pinned == rank)),
+                splices_rank: request.pinned_rank().is_none(),
                 match_bytes: matched.bytes,
                 match_age,
                 predicted_cached_tokens: (f64::from(matched.bytes) / bytes_per_token) as u64,
@@ -315,7 +330,7 @@ impl Router {
     fn refresh_availability(&self, state: &mut State<'_>, head: u16) {
         let available = self.is_available(state, head);
         for slot in state.targets.slots_of(head) {
-            let mask = state.targets.get(crate::target::Field::Models, slot);
+            let mask = state.targets.get(Field::Models, slot);
             state.models.set_available(slot, mask, available);
         }
     }
@@ -350,11 +365,12 @@ fn candidates(
     let targets = &state.targets;
     let mut candidates = Candidates::new(state.models.available(model), targets.slot_end());
     if let Some(rank) = request.pinned_rank() {
-        for slot in candidates.clone().iter() {
-            // A worker without that rank says so itself, whichever of its ranks is asked.
-            if targets.ranks(slot) > rank && targets.rank(slot) != rank {
-                candidates.remove(slot);
-            }
+        // Whether anybody has it who might be available again. If not, whoever is asked says so; one that has fewer ranks must
+        // not say so while another that has it is only ill.
+        let serves = |head| model == ANY || targets.get(Field::Models, head) >> model & 1 == 1;
+        let exists = targets.heads().any(|head| targets.ranks(head) > rank && serves(head));
+        for slot in candidates.clone().iter().filter(|&slot| exists && targets.rank(slot) != rank) {
+            candidates.remove(slot);
         }
     }
     if !allow_failed {
@@ -369,7 +385,7 @@ fn candidates(
 
 /// The hash of the model that a request is counted under: the one it named if it is known, else the worker's own.
 fn label(state: &State<'_>, model: usize, slot: Option<u16>) -> Option<u64> {
-    let primary = |slot| state.targets.get(crate::target::Field::Primary, slot) as usize;
+    let primary = |slot| state.targets.get(Field::Primary, slot) as usize;
     let model = if model == ANY { slot.map(primary).or_else(|| state.models.single())? } else { model };
     Some(state.models.hash(model))
 }

@@ -55,6 +55,8 @@ pub(crate) enum Field {
     CachedShare,
     /// Routing keys that were given to it (`sticky_keys.rs`).
     StickyKeys,
+    /// Whether events tell what its cache gains and loses.
+    IsFed,
     /// A total, too. In the column.
     Load,
 }
@@ -265,6 +267,11 @@ impl<'m> Targets<'m> {
     /// Prompt and answer tokens that the requests in flight probably take in its cache, of all processes.
     pub fn held_tokens(&self, slot: u16) -> u64 {
         self.get(Field::HeldTokens, slot)
+    }
+
+    /// Whether events tell what its cache gains and loses.
+    pub fn is_fed(&self, slot: u16) -> bool {
+        self.get(Field::IsFed, slot) != 0
     }
 
     /// Of its rank's cache; 0: unknown.

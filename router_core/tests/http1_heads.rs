@@ -65,8 +65,20 @@ fn a_worker_is_told_what_it_needs() {
         (Some(b""), ""),
     ];
     for (authorization, line) in rows {
-        assert_eq!(text(head.to_worker(b"w:1", *authorization, b"ours", Some(140))), expected(line));
+        assert_eq!(text(head.to_worker(b"w:1", *authorization, b"ours", Some(140), None)), expected(line));
     }
+}
+
+#[test]
+fn a_chosen_rank_stands_in_for_the_clients() {
+    let head = request("POST /generate HTTP/1.1\r\nHost: h\r\nX-Data-Parallel-Rank: 7\r\nAccept: */*\r\n\r\n");
+    let ranks = |rank| {
+        let written = text(head.to_worker(b"w", None, b"id", Some(2), rank)).to_lowercase();
+        let lines = written.lines().filter(|line| line.starts_with("x-data-parallel-rank"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(ranks(None), ["x-data-parallel-rank: 7"]);
+    assert_eq!(ranks(Some(3)), ["x-data-parallel-rank: 3"]);
 }
 
 #[test]

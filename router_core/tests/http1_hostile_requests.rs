@@ -358,7 +358,7 @@ fn accepted_rows_carry_no_framing_of_the_client() {
     for (_, fields) in FIELDS.iter().filter(|(status, _)| *status == 0) {
         let head = [b"POST /generate HTTP/1.1\r\nHost: h\r\n", *fields, b"\r\n"].concat();
         let request: RequestHead = parser().request(&head).unwrap().unwrap();
-        for written in [request.to_worker(b"w", None, b"id", Some(7)), request.to_control(Some(7))] {
+        for written in [request.to_worker(b"w", None, b"id", Some(7), Some(1)), request.to_control(Some(7))] {
             let again = parser().request(&written).unwrap().unwrap();
             assert_eq!((again.content_length(), again.chunked()), (Some(7), false), "{}", written.escape_ascii());
             assert_eq!(again.size(), written.len());

@@ -120,8 +120,10 @@ proptest! {
         let respelled = spell(&body, &mut Spelling::new(seed));
         prop_assert_eq!(&serde_json::from_str::<Value>(&respelled).expect("still JSON"), &body);
         let read = read(Endpoint::Chat, respelled.as_bytes()).expect("still a chat");
-        prop_assert_eq!(respelled.as_bytes()[read.splice_offset], b'}');
-        prop_assert_eq!(Prompt { splice_offset: plain.splice_offset, ..read }, plain);
+        let (offset, _) = read.rank_place.splice(0);
+        let before = offset.checked_sub(1).map(|before| respelled.as_bytes()[before]);
+        prop_assert_eq!(before, Some(b'{'), "{:?}", read.rank_place);
+        prop_assert_eq!(Prompt { rank_place: plain.rank_place, ..read }, plain);
     }
 
     #[test]
@@ -410,12 +412,28 @@ fn a_block_ends_where_the_instructions_end() {
 
 #[test]
 fn what_is_spliced_in_holds() {
-    let body = b" {\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"data_parallel_rank\":0} \n";
-    let prompt = read(Endpoint::Chat, body).expect("a chat");
-    assert_eq!(prompt.pinned_rank, Some(0));
-    let mut spliced = body.to_vec();
-    spliced.splice(prompt.splice_offset..prompt.splice_offset, *b",\"data_parallel_rank\":3");
-    assert_eq!(read(Endpoint::Chat, &spliced).expect("still a chat").pinned_rank, Some(3));
+    // What the client says of a rank, what of it counts, and what the body begins with once the router has chosen rank 3.
+    let table = [
+        ("", None, " {\"data_parallel_rank\":3,\"messages\""),
+        (",\"data_parallel_rank\":null", None, " {\"messages\""),
+        (",\"routed_dp_rank\":null", None, " {\"messages\""),
+        (",\"data_\\u0070arallel_rank\":null", None, " {\"messages\""),
+        (",\"data_parallel_rank\":0", Some(0), " {\"messages\""),
+        (",\"routed_dp_rank\":1,\"data_parallel_rank\":null", Some(1), " {\"messages\""),
+        (",\"nested\":{\"data_parallel_rank\":1}", None, " {\"data_parallel_rank\":3,\"messages\""),
+    ];
+    for (field, pinned, begin) in table {
+        let body = format!(" {{\"messages\":[{{\"role\":\"user\",\"content\":\"x\"}}]{field}}} \n").into_bytes();
+        let prompt = read(Endpoint::Chat, &body).expect("a chat");
+        assert_eq!(prompt.pinned_rank, pinned, "{field}");
+        let mut spliced = body.clone();
+        let (offset, inserted) = prompt.rank_place.splice(3);
+        spliced.splice(offset..offset, inserted);
+        assert!(spliced.starts_with(begin.as_bytes()), "{}", spliced.escape_ascii());
+        let value: Value = serde_json::from_slice(&spliced).expect("still JSON");
+        assert_eq!(value["data_parallel_rank"], 3, "{field}");
+        assert_eq!(read(Endpoint::Chat, &spliced).expect("still a chat").blocks, prompt.blocks);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------- hostile

@@ -284,7 +284,8 @@ fn ranks_are_targets_and_are_told_so() {
     let lease = fleet.select(&request);
     let (offset, inserted) = lease.splice().unwrap();
     let spliced = [&body.as_bytes()[..offset], &inserted, &body.as_bytes()[offset..]].concat();
-    let expected = format!(r#"{{"text": "prompt","data_parallel_rank":{}}} "#, lease.slot());
+    let expected = format!(r#"{{"data_parallel_rank":{},"text": "prompt"}} "#, lease.slot());
+    assert_eq!(lease.told_rank(), Some(lease.slot()));
     assert_eq!(String::from_utf8(spliced).unwrap(), expected);
     fleet.release(&lease, OutcomeKind::NoAnswer, 0);
     assert!(fleet.try_select(&request).unwrap().is_none(), "ranks fail as one");
@@ -298,18 +299,50 @@ fn a_client_may_insist_on_a_rank() {
     fleet.add(&[MODEL], 2);
     let slots_of = |rank: u16| -> BTreeSet<u16> {
         let select = |i| {
-            let body = format!(r#"{{"text": "prompt {i}", "data_parallel_rank": {rank}}}"#);
+            let body = format!(r#"{{"text": "{rank}: prompt {i}", "data_parallel_rank": {rank}}}"#);
             let lease = fleet.select(&fleet.read(Endpoint::Generate, &body));
             assert_eq!(lease.splice(), None);
             lease.slot()
         };
-        (0..32).map(select).collect()
+        (0..64).map(select).collect()
     };
     assert_eq!(slots_of(1), [1, 5].into());
-    assert_eq!(slots_of(3), [3, 4, 5].into(), "a worker without that rank may say so itself");
-    let headers = b"x-data-parallel-rank: 2\r\n";
-    let request = fleet.router.read(Endpoint::Generate, headers, br#"{"text": "x"}"#, fleet.now_ns).unwrap();
-    assert!([2, 4, 5].contains(&fleet.select(&request).slot()));
+    assert_eq!(slots_of(3), [3].into());
+    let nobody_has_it = slots_of(7);
+    assert!(nobody_has_it.iter().any(|&slot| slot < 4) && nobody_has_it.iter().any(|&slot| slot >= 4));
+    let lease = |headers: &[u8], body: &str| {
+        fleet.select(&fleet.router.read(Endpoint::Generate, headers, body.as_bytes(), fleet.now_ns).unwrap())
+    };
+    let by_header = lease(b"x-data-parallel-rank: 2\r\n", r#"{"text": "x"}"#);
+    assert_eq!((by_header.slot(), by_header.splice(), by_header.told_rank()), (2, None, Some(2)));
+    let by_both = lease(b"x-data-parallel-rank: 2\r\n", r#"{"text": "x", "routed_dp_rank": 3}"#);
+    assert_eq!(by_both.slot(), 2, "workers let the header win, too");
+    let by_body = lease(b"", r#"{"text": "x", "routed_dp_rank": 3}"#);
+    assert_eq!((by_body.slot(), by_body.splice(), by_body.told_rank()), (3, None, Some(3)));
+    assert_eq!(lease(b"", r#"{"text": "x", "routed_dp_rank": 9}"#).told_rank(), None);
+    // The only worker with rank 3 leaves: the other one must not be asked for what it cannot know.
+    fleet.router.drain_worker(0).unwrap();
+    let pinned = fleet.read(Endpoint::Generate, r#"{"text": "x", "data_parallel_rank": 3}"#);
+    assert!(fleet.try_select(&pinned).unwrap().is_none());
+    assert_eq!(slots_of(1), [5].into());
+}
+
+#[test]
+fn each_rank_has_a_cache_of_its_own_size() {
+    let fleet = Fleet::new(settings(), 0);
+    fleet.add(&[MODEL], 2);
+    fleet.router.set_kv_capacity(0, 64).unwrap();
+    for rank in [0, 1] {
+        for prompt in ["a", "b", "c"] {
+            let text = prompt.repeat(256);
+            let body = format!(r#"{{"text": "{text}", "data_parallel_rank": {rank}}}"#);
+            fleet.answer(&fleet.read(Endpoint::Generate, &body));
+        }
+    }
+    let credited = |slot| fleet.router.target(slot).unwrap().index_characters;
+    assert_eq!((credited(0), credited(1)), (256, 768));
+    assert_eq!(fleet.router.target(0).unwrap().kv_capacity_tokens, 64);
+    assert!(fleet.router.set_kv_capacity(2, 64).is_err());
 }
 
 #[test]

@@ -30,15 +30,23 @@ class Ask:
         if not isinstance(fields, dict):
             raise ValueError("the body must be a JSON object")
         options = fields.get("stream_options") or {}
-        rank = fields.get("data_parallel_rank")
         return cls(
             path=path,
             model=str(fields.get("model") or default_model),
             prompt=_prompt(path, fields),
             stream=fields.get("stream") is True,
             include_usage=bool(options.get("include_usage")),
-            rank=rank if isinstance(rank, int) else 0,
+            rank=_rank(head, fields),
         )
+
+
+def _rank(head: bytes, fields: dict[str, Any]) -> int:
+    """As SGLang reads it: the header before the body, the new name before the old one."""
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"x-data-parallel-rank:"):
+            return int(line.partition(b":")[2])
+    named = (fields.get(name) for name in ("routed_dp_rank", "data_parallel_rank"))
+    return next((rank for rank in named if rank is not None), 0)
 
 
 def _prompt(path: str, fields: dict[str, Any]) -> bytes:
@@ -159,9 +167,11 @@ class Facts:
     kv_tokens: int
     """Per dp rank."""
     dialect: str = "sglang"
+    rank_kv_tokens: tuple[int, ...] = ()
+    """What /v1/loads says instead of `kv_tokens`, by rank."""
 
-    def info(self, path: str, running: list[int], used_tokens: list[int]) -> bytes | None:
-        """Body of one of the GETs, None when this dialect has no such path."""
+    def info(self, path: str, running: list[int], used_tokens: list[int], hit_rates: list[float]) -> bytes | None:
+        """Body of one of the GETs, None when this dialect has no such path. Lists: by rank."""
         if path == "/v1/models":
             entry = {"object": "model", "created": 0, "owned_by": self.dialect, "max_model_len": 131072}
             return _dump({"object": "list", "data": [{"id": m, "root": m} | entry for m in self.models]})
@@ -201,8 +211,10 @@ class Facts:
                     "num_waiting_uncached_tokens": 0,
                     "num_total_reqs": running[r],
                     "num_used_tokens": used_tokens[r],
-                    "max_total_num_tokens": self.kv_tokens,
+                    "max_total_num_tokens": self.rank_kv_tokens[r] if self.rank_kv_tokens else self.kv_tokens,
                     "token_usage": used_tokens[r] / self.kv_tokens,
+                    "gen_throughput": 0.0,
+                    "cache_hit_rate": hit_rates[r],
                     "max_running_requests": 256,
                 }
                 for r in ranks

@@ -1,6 +1,10 @@
 """What a worker's KV cache would hold: whole pages of prompt text, least recently used leaves evicted first."""
 
+import array
 from collections import OrderedDict
+from typing import Any
+
+from tests.fake_worker.kv_log import KvLog, stored
 
 BYTES_PER_TOKEN = 4
 """The fake tokenizer: four bytes of UTF-8 are a token (English text on real tokenizers: 3.5 to 4.5)."""
@@ -21,6 +25,8 @@ class PrefixCache:
         self.capacity_pages = capacity_tokens // page_tokens
         self.page_tokens = page_tokens
         self._pages: OrderedDict[int, None] = OrderedDict()
+        self.log: KvLog | None = None
+        """Who is told what comes and goes."""
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -41,13 +47,27 @@ class PrefixCache:
 
     def insert(self, text: bytes) -> None:
         """Hold the whole pages of `text` (prompt and answer)."""
-        for key in reversed(self._keys(text)[: self.capacity_pages]):
+        keys = self._keys(text)[: self.capacity_pages]
+        known = sum(key in self._pages for key in keys)
+        for key in reversed(keys):
             self._pages[key] = None
             self._pages.move_to_end(key)
+        gone = []
         while len(self._pages) > self.capacity_pages:
-            self._pages.popitem(last=False)
+            gone.append(self._pages.popitem(last=False)[0])
+        if self.log is not None:
+            events: list[dict[str, Any]] = []
+            if keys[known:]:
+                size = self.page_tokens * BYTES_PER_TOKEN
+                tokens = array.array("I", text[known * size : len(keys) * size]).tolist()
+                events.append(stored(keys[known:], keys[known - 1] if known else None, tokens, self.page_tokens))
+            if gone:
+                events.append({"type": "BlockRemoved", "block_hashes": gone, "medium": "GPU"})
+            self.log.append(events)
 
     def clear(self) -> None:
+        if self.log is not None and self._pages:
+            self.log.append([{"type": "AllBlocksCleared"}])
         self._pages.clear()
 
     def _keys(self, text: bytes) -> list[int]:

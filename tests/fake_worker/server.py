@@ -8,8 +8,10 @@ import socket
 import struct
 from types import TracebackType
 from typing import Self, cast
+from urllib.parse import parse_qsl
 
 from tests.fake_worker.answers import INFERENCE_PATHS, Answer, Ask, Facts, answer_text
+from tests.fake_worker.kv_log import KvLog
 from tests.fake_worker.prefix_cache import PrefixCache
 from tests.fake_worker.script import Record, Script, SeenRequest, seen
 
@@ -43,11 +45,17 @@ class FakeWorker:
         dialect: str = "sglang",
         lean: bool = False,
         mortal: bool = False,
+        rank_kv_tokens: tuple[int, ...] = (),
+        kv_events: bool = False,
     ) -> None:
-        self.facts = Facts(models=models, dp_size=dp_size, kv_tokens=kv_tokens, dialect=dialect)
+        """`kv_events`: `GET /kv_events` tells what each rank's cache gains and loses."""
+        self.facts = Facts(models, dp_size, kv_tokens, dialect, rank_kv_tokens)
         self.script = Script()
         self.record = Record()
         self.caches = [PrefixCache(kv_tokens, page_tokens) for _ in range(dp_size)]
+        self.kv_logs: list[KvLog] = []
+        if kv_events:
+            self.keep_kv_logs()
         self.host, self.port = "127.0.0.1", 0
         self._lean = lean
         self._mortal = mortal
@@ -129,12 +137,27 @@ class FakeWorker:
             if everything or (rid and connection.rid.startswith(rid)):
                 connection.abort()
 
+    def keep_kv_logs(self, kept: int = 10_000) -> None:
+        """From now on each rank's cache logs what it gains and loses."""
+        self.kv_logs = [KvLog(kept) for _ in self.caches]
+        for cache, log in zip(self.caches, self.kv_logs, strict=True):
+            cache.log = log
+
     def running(self) -> list[int]:
         counts = [0] * self.facts.dp_size
         for connection in self._connections:
             if connection.current is not None:
                 counts[connection.current.rank] += 1
         return counts
+
+    def hit_rates(self) -> list[float]:
+        """Cached share of the prompt tokens of each rank."""
+        rates = []
+        for rank in range(self.facts.dp_size):
+            seen = [request for request in self.record.requests if request.rank == rank]
+            prompt = sum(request.prompt_tokens for request in seen)
+            rates.append(sum(request.cached_tokens for request in seen) / prompt if prompt else 0.0)
+        return rates
 
 
 class Connection(asyncio.Protocol):
@@ -151,6 +174,7 @@ class Connection(asyncio.Protocol):
         self._serving = False
         self._streaming = False
         self._step: asyncio.TimerHandle | None = None
+        self._kv_task: asyncio.Future[None] | None = None
         self._idle: asyncio.TimerHandle | None = None
 
     # -- asyncio's side
@@ -162,6 +186,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        if self._kv_task is not None:
+            self._kv_task.cancel()
         self._cancel_timers()
         if self.current is not None:
             self._end("cancelled")
@@ -256,6 +282,8 @@ class Connection(asyncio.Protocol):
         path, _, query = target.partition("?")
         if method == "POST" and path in INFERENCE_PATHS:
             self._infer(path, request_head, body)
+        elif path == "/kv_events" and self.worker.kv_logs:
+            self._kv_task = asyncio.ensure_future(self._tell_kv_events(query))
         else:
             status, answer, content_type = self._about(method, path, query, body)
             self.write(head(status, len(answer), content_type=content_type) + (b"" if method == "HEAD" else answer))
@@ -281,6 +309,9 @@ class Connection(asyncio.Protocol):
         record.other_paths[path] = record.other_paths.get(path, 0) + 1
         if path in ("/health", "/health_generate"):
             return worker.script.health_status, b"", "text/plain"
+        if path == "/kv_events/snapshot" and worker.kv_logs:
+            rank = int(dict(parse_qsl(query)).get("dp_rank", 0))
+            return 200, json.dumps(worker.kv_logs[rank].snapshot(rank)).encode(), kind
         if path == "/metrics":
             prompt = sum(request.prompt_tokens for request in record.requests)
             cached = sum(request.cached_tokens for request in record.requests)
@@ -294,21 +325,34 @@ class Connection(asyncio.Protocol):
         if path == "/abort_request":
             worker.abort(json.loads(body))
             return 200, b"{}", kind
-        answer = worker.facts.info(path, worker.running(), [cache.used_tokens for cache in worker.caches])
+        used_tokens = [cache.used_tokens for cache in worker.caches]
+        answer = worker.facts.info(path, worker.running(), used_tokens, worker.hit_rates())
         return (404, b'{"error":"no such path"}', kind) if answer is None else (200, answer, kind)
+
+    async def _tell_kv_events(self, query: str) -> None:
+        asked = dict(parse_qsl(query))
+        log = self.worker.kv_logs[int(asked.get("dp_rank", 0))]
+        number = int(asked["from"])
+        # So that a test need not wait for the end of a long poll.
+        await log.wait(number, min(float(asked.get("timeout", 0)), 0.5))
+        answer = log.answer(number)
+        body = json.dumps(answer).encode()
+        self.write(head(410 if answer is None else 200, len(body)) + body)
+        self.finish()
 
     def _infer(self, path: str, request_head: bytes, body: bytes) -> None:
         worker = self.worker
         script = worker.take_script(body)
         try:
             ask = Ask.parse(path, request_head, body, worker.facts.models[0])
+            if not 0 <= ask.rank < len(worker.caches):
+                raise ValueError(f"routed_dp_rank={ask.rank} out of range [0, {len(worker.caches)})")
         except (ValueError, AttributeError) as error:
             answer = json.dumps({"error": {"message": str(error), "type": "BadRequest", "code": 400}}).encode()
             self.write(head(400, len(answer)) + answer)
             self.finish()
             return
-        rank = ask.rank if 0 <= ask.rank < len(worker.caches) else 0
-        self.current = seen(path, request_head, body, rank)
+        self.current = seen(path, request_head, body, ask.rank)
         worker.record.see(self.current)
         if script.die:
             worker.die()

@@ -116,7 +116,6 @@ COMPLAINTS = [
     ("--policy best", "cache_aware"),
     ("--port x", "--port"),
     ("--cache-threshold 2", "cache_threshold: 2.0"),
-    ("--dp-aware", "--dp-aware: dp ranks are always"),
     ("--prefill http://a:1 9000", "--prefill: prefill/decode"),
     *((f"--{flag} x", reason) for flag, reason in REFUSED_FLAGS.items()),
 ]

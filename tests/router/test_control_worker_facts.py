@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from warmroute.control.worker_facts import MAX_DP_SIZE, UnusableAnswer, WorkerFacts, read_facts, read_load
+from warmroute.control.worker_facts import (
+    MAX_DP_SIZE,
+    RankLoad,
+    UnusableAnswer,
+    WorkerFacts,
+    read_facts,
+    read_load,
+    read_rank_loads,
+)
 from warmroute.control.worker_id import is_worker_id, new_worker_id
 from warmroute.control.worker_spec import BadSpec, WorkerSpec, parse_spec
 
@@ -75,6 +83,42 @@ def test_read_facts(
 def test_worker_without_a_name_cannot_be_used(models: Any) -> None:
     with pytest.raises(UnusableAnswer, match="names a model"):
         read_facts({}, models, None, None)
+
+
+RANK_LOADS: list[tuple[Any, tuple[RankLoad, ...] | None]] = [
+    (
+        {
+            "timestamp": 1,
+            "loads": [
+                {"dp_rank": 1, "num_running_reqs": 3, "num_waiting_reqs": 1, "num_used_tokens": 7, "token_usage": 0.5},
+                {
+                    "dp_rank": 0,
+                    "num_running_reqs": 2,
+                    "num_waiting_reqs": 0,
+                    "num_used_tokens": 10,
+                    "max_total_num_tokens": 100,
+                    "gen_throughput": 12.5,
+                    "cache_hit_rate": 0.25,
+                },
+            ],
+        },
+        (RankLoad(0, 2, 0, 10, 100, None, 12.5, 0.25), RankLoad(1, 3, 1, 7, 0, 0.5, None, None)),
+    ),
+    # /get_load; without a rank the place counts
+    ([{"num_reqs": 3, "num_waiting_reqs": 1, "num_tokens": 5}], (RankLoad(0, 2, 1, 5, 0, None, None, None),)),
+    ([{"dp_rank": 0, "num_tokens": 5}, {"dp_rank": 0, "num_tokens": 5}], None),
+    ([{"dp_rank": -1, "num_tokens": 5}], None),
+    ([{"dp_rank": 0, "num_tokens": 5}, {}], None),
+    ({"loads": [{"num_used_tokens": float("inf")}]}, None),
+    ({"loads": []}, None),
+    (None, None),
+    ("10", None),
+]
+
+
+@pytest.mark.parametrize(("answer", "loads"), RANK_LOADS)
+def test_read_rank_loads(answer: Any, loads: tuple[RankLoad, ...] | None) -> None:
+    assert read_rank_loads(answer) == loads
 
 
 LOADS: list[tuple[Any, int | None]] = [

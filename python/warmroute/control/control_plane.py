@@ -19,6 +19,8 @@ from warmroute.control.debug_api import DebugApi
 from warmroute.control.fleet_api import FindRequest, FleetApi
 from warmroute.control.handover import state_of, worker_of
 from warmroute.control.http_counts import HttpCounts
+from warmroute.control.kv_feeds import KvFeeds
+from warmroute.control.load_monitor import LoadMonitor
 from warmroute.control.metrics import RouterCollector
 from warmroute.control.probe_schedule import ProbeIntervals, ProbeSchedule
 from warmroute.control.prober import Prober
@@ -72,10 +74,17 @@ class ControlPlane:
         drain_ns = int(config.shutdown_grace_period_secs * 1e9)
         self.registry = Registry(core, directory, drain_ns, indexed_text_bytes(config.index_memory))
         self._prober = Prober(config, core, self.registry, self._client, schedule, monotonic_ns, self._wake.set)
+        interval_ns = None if config.disable_load_monitoring else int(config.load_monitor_interval * 1e9)
+        self._loads = LoadMonitor(core, self.registry, self._client, interval_ns, monotonic_ns)
+        # A connection for each rank's long poll.
+        self._feed_client = WorkerClient(config.health_check_timeout_secs, max_connections=None)
+        self._feeds = KvFeeds(core, self.registry, self._feed_client, config.kv_events, monotonic_ns)
         self.metrics = CollectorRegistry(auto_describe=False)
-        self.metrics.register(RouterCollector(core, self.registry, self._prober, self._counts, config))
+        self.metrics.register(
+            RouterCollector(core, self.registry, self._prober, self._loads, self._feeds, self._counts, config)
+        )
         ProcessCollector(registry=self.metrics)
-        worker_api = WorkerApi(self.registry, self._prober, monotonic_ns)
+        worker_api = WorkerApi(self.registry, self._prober, self._loads, self._feeds, monotonic_ns)
         debug_api = DebugApi(core, self.registry, monotonic_ns)
         fleet_api = FleetApi(self.registry, self._client, find_request, monotonic_ns)
         app = control_app(settings, core, self._counts, self.metrics, worker_api, fleet_api, debug_api)
@@ -140,6 +149,8 @@ class ControlPlane:
         while self._counts.running and monotonic_ns() < deadline_ns:  # noqa: ASYNC110 (once in a router's life)
             await asyncio.sleep(0.01)
         await self._prober.close()
+        await self._loads.close()
+        await self._feeds.close()
         registry = self.registry
         return {
             "http_requests": [(*key, count) for key, count in self._counts.requests.items()],
@@ -178,6 +189,9 @@ class ControlPlane:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
         await self._prober.close()
+        await self._loads.close()
+        await self._feeds.close()
+        await self._feed_client.close()
         await self._metrics_runner.cleanup()
         await self._runner.cleanup()
         await self._client.close()
@@ -202,6 +216,8 @@ class ControlPlane:
         for worker in self.registry.settle(now_ns):
             self._prober.forget(worker)
         self._prober.start_due()
+        self._loads.start_due()
+        self._feeds.start_due()
         self._sweep_index(now_ns)
         self._publish()
 

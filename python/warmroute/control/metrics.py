@@ -16,7 +16,10 @@ from warmroute._core import Core, Counters, Endpoint, RequestSeries
 from warmroute.config import RouterConfig
 from warmroute.control.data_metrics import BOUNDS, data_metrics
 from warmroute.control.http_counts import HttpCounts
+from warmroute.control.kv_feeds import KvFeeds
+from warmroute.control.load_monitor import LoadMonitor
 from warmroute.control.prober import Prober
+from warmroute.control.rank_metrics import rank_metrics
 from warmroute.control.worker_metrics import worker_metrics
 from warmroute.control.workers import Registry
 
@@ -49,12 +52,16 @@ class RouterCollector(Collector):
         core: Core,
         registry: Registry,
         prober: Prober,
+        loads: LoadMonitor,
+        feeds: KvFeeds,
         counts: HttpCounts,
         config: RouterConfig,
     ) -> None:
         self._core = core
         self._registry = registry
         self._prober = prober
+        self._loads = loads
+        self._feeds = feeds
         self._counts = counts
         self._is_limited = config.is_limited
         self._bounds = [*map(_bound, config.prometheus_duration_buckets), "+Inf"]
@@ -92,6 +99,7 @@ class RouterCollector(Collector):
         checks.add_metric(("regular", "failure"), self._prober.checks[False])
         yield checks
         yield from worker_metrics(self._registry)
+        yield from rank_metrics(self._registry, self._loads, self._feeds)
 
     def _requests(self, series: Iterable[RequestSeries]) -> Iterator[Metric]:
         requests = CounterMetricFamily(

@@ -117,7 +117,7 @@ class Prober:
             await self._client.check(worker, self._config.health_check_endpoint)
         if worker.facts is None or worker.lost:
             facts = await self._client.identify(worker)
-            self._registry.identified(worker, facts, self._clock())
+            self._registry.identified(worker, facts if self._config.dp_aware else facts.as_one_rank(), self._clock())
 
     def _is_checked(self, worker: Worker) -> bool:
         return not (self._config.disable_health_check or worker.spec.disable_health_check)

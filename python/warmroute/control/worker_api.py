@@ -7,6 +7,8 @@ from collections.abc import Callable
 from aiohttp import web
 
 from warmroute.control.answers import refuse_worker
+from warmroute.control.kv_feeds import KvFeeds
+from warmroute.control.load_monitor import LoadMonitor
 from warmroute.control.prober import Prober
 from warmroute.control.worker_id import is_worker_id
 from warmroute.control.worker_info import worker_info
@@ -18,9 +20,13 @@ from warmroute.errors import WorkerApiCode
 class WorkerApi:
     """`clock`: CLOCK_MONOTONIC in ns."""
 
-    def __init__(self, registry: Registry, prober: Prober, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, registry: Registry, prober: Prober, loads: LoadMonitor, feeds: KvFeeds, clock: Callable[[], int]
+    ) -> None:
         self._registry = registry
         self._prober = prober
+        self._loads = loads
+        self._feeds = feeds
         self._clock = clock
 
     def routes(self) -> list[web.RouteDef]:
@@ -49,7 +55,7 @@ class WorkerApi:
     async def listing(self, request: web.Request) -> web.Response:
         model = request.query.get("model")
         workers = [w for w in self._registry if model is None or (w.facts is not None and model in w.facts.models)]
-        shown = [worker_info(self._registry, worker) for worker in workers]
+        shown = [worker_info(self._registry, self._loads, self._feeds, worker) for worker in workers]
         stats = {"prefill_count": 0, "decode_count": 0, "regular_count": len(shown)}
         return web.json_response({"workers": shown, "total": len(shown), "stats": stats}, dumps=_dumps)
 
@@ -57,7 +63,7 @@ class WorkerApi:
         worker = self._found(request)
         if isinstance(worker, web.Response):
             return worker
-        shown = worker_info(self._registry, worker)
+        shown = worker_info(self._registry, self._loads, self._feeds, worker)
         for target, entries in zip(shown["targets"], await self._registry.index_entries(worker), strict=False):
             target["index_entries"] = entries
         return web.json_response(shown, dumps=_dumps)

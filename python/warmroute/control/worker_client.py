@@ -6,7 +6,14 @@ from typing import Any, Final
 
 import httpx
 
-from warmroute.control.worker_facts import UnusableAnswer, WorkerFacts, read_facts, read_load
+from warmroute.control.worker_facts import (
+    RankLoad,
+    UnusableAnswer,
+    WorkerFacts,
+    read_facts,
+    read_load,
+    read_rank_loads,
+)
 from warmroute.control.workers import Worker
 
 # SGLang's server closes idle connections after 5 s; a connection must not be written to while it does.
@@ -26,7 +33,7 @@ class WorkerUnreachable(Exception):  # noqa: N818
 
 
 class WorkerClient:
-    def __init__(self, probe_timeout_seconds: float) -> None:
+    def __init__(self, probe_timeout_seconds: float, max_connections: int | None = 512) -> None:
         self._probe_timeout_seconds = probe_timeout_seconds
         # trust_env: a proxy variable of the cluster must not stand between the router and its workers.
         self._http = httpx.AsyncClient(
@@ -34,7 +41,9 @@ class WorkerClient:
             follow_redirects=False,
             timeout=httpx.Timeout(None),  # _send has one for the whole exchange
             limits=httpx.Limits(
-                max_connections=512, max_keepalive_connections=256, keepalive_expiry=_KEEP_ALIVE_SECONDS
+                max_connections=max_connections,
+                max_keepalive_connections=256,
+                keepalive_expiry=_KEEP_ALIVE_SECONDS,
             ),
         )
 
@@ -72,6 +81,14 @@ class WorkerClient:
                 return load
         return -1
 
+    async def rank_loads(self, worker: Worker) -> tuple[RankLoad, ...]:
+        """What each of its ranks has to do. Raises WorkerUnreachable, also when it does not say."""
+        answer = await self._first_json(worker, "/v1/loads?include=core", "/get_load")
+        loads = read_rank_loads(answer)
+        if loads is None:
+            raise WorkerUnreachable("neither /v1/loads nor /get_load tells loads by rank")
+        return loads
+
     async def flush(self, worker: Worker) -> None:
         """Raises WorkerUnreachable when its cache was not flushed."""
         response = await self._send(worker, "POST", "/flush_cache", _FLUSH_TIMEOUT_SECONDS)
@@ -84,9 +101,9 @@ class WorkerClient:
         if not response.is_success:
             raise WorkerUnreachable(f"POST /abort_request answered {response.status_code}")
 
-    async def relay(self, worker: Worker, path: str) -> httpx.Response:
+    async def relay(self, worker: Worker, path: str, timeout_seconds: float = _RELAY_TIMEOUT_SECONDS) -> httpx.Response:
         """GET, for an answer that is passed on. Raises WorkerUnreachable."""
-        return await self._send(worker, "GET", path, _RELAY_TIMEOUT_SECONDS)
+        return await self._send(worker, "GET", path, timeout_seconds)
 
     async def _first_json(self, worker: Worker, *paths: str) -> Any:
         """The JSON of the first path that the worker has; None: it has none.

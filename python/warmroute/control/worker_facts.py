@@ -1,7 +1,7 @@
 """What a worker's answers say about it, in the dialects of SGLang, vLLM and our own worker. Pure."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 # A worker that claims more ranks than this is misread rather than believed; slots are few (4,096).
@@ -22,6 +22,10 @@ class WorkerFacts:
     runtime: str
     """sglang, vllm or external."""
     max_model_len: int | None
+
+    def as_one_rank(self) -> "WorkerFacts":
+        """Of a worker that divides requests among its ranks itself."""
+        return replace(self, dp_size=1, kv_capacity_tokens=self.kv_capacity_tokens * self.dp_size)
 
 
 def read_facts(server_info: Any, models: Any, metrics: str | None, model_id: str | None) -> WorkerFacts:
@@ -61,13 +65,66 @@ def read_load(answer: Any) -> int | None:
         entries = [answer]
     total = 0
     for entry in entries:
-        if not isinstance(entry, dict):
+        tokens = _used_tokens(entry)
+        if tokens is None:
             return None
-        tokens = next((entry[key] for key in ("num_tokens", "num_used_tokens") if key in entry), None)
-        if not isinstance(tokens, int | float) or isinstance(tokens, bool) or tokens < 0:
-            return None
-        total += int(tokens)
+        total += tokens
     return total if entries else None
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoad:
+    """What a worker says of one of its dp ranks; None: it does not say."""
+
+    rank: int
+    running_requests: int
+    waiting_requests: int
+    used_tokens: int
+    kv_capacity_tokens: int
+    """0: it does not say."""
+    token_usage: float | None
+    generated_tokens_per_second: float | None
+    cache_hit_rate: float | None
+
+
+def read_rank_loads(answer: Any) -> tuple[RankLoad, ...] | None:
+    """Of the JSON of `/v1/loads` or of `/get_load`, by rank; None: not readable, or two rows for one rank."""
+    entries = answer if isinstance(answer, list) else _list(answer, "loads")
+    loads = [_rank_load(place, entry) for place, entry in enumerate(entries)]
+    by_rank = {load.rank: load for load in loads if load is not None}
+    if not loads or len(by_rank) != len(loads):
+        return None
+    return tuple(by_rank[rank] for rank in sorted(by_rank))
+
+
+def _rank_load(place: int, entry: Any) -> RankLoad | None:
+    tokens = _used_tokens(entry)
+    if tokens is None:
+        return None
+    rank = entry.get("dp_rank", place)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < MAX_DP_SIZE:
+        return None
+    waiting = _count(entry.get("num_waiting_reqs"))
+    # /get_load counts those that wait among all.
+    running = entry.get("num_running_reqs", _count(entry.get("num_reqs")) - waiting)
+    return RankLoad(
+        rank=rank,
+        running_requests=max(_count(running), 0),
+        waiting_requests=waiting,
+        used_tokens=tokens,
+        kv_capacity_tokens=_count(entry.get("max_total_num_tokens")),
+        token_usage=_number(entry.get("token_usage")),
+        generated_tokens_per_second=_number(entry.get("gen_throughput")),
+        cache_hit_rate=_number(entry.get("cache_hit_rate")),
+    )
+
+
+def _used_tokens(entry: Any) -> int | None:
+    if not isinstance(entry, dict):
+        return None
+    tokens = next((entry[key] for key in ("num_tokens", "num_used_tokens") if key in entry), None)
+    number = _number(tokens)
+    return None if number is None else int(number)
 
 
 def _kv_capacity(info: dict[str, Any], metrics: str | None) -> int:
@@ -88,6 +145,11 @@ def _kv_capacity(info: dict[str, Any], metrics: str | None) -> int:
 def _list(answer: Any, key: str) -> list[Any]:
     value = answer.get(key) if isinstance(answer, dict) else None
     return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return float(value) if is_number else None
 
 
 def _count(value: Any) -> int:

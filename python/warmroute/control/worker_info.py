@@ -1,12 +1,16 @@
 """How the worker API shows a worker: sglang-router's fields, and the core's view of each target."""
 
+from dataclasses import asdict
 from typing import Any
 
 from warmroute._core import TargetInfo
+from warmroute.control.kv_feeds import KvFeeds
+from warmroute.control.load_monitor import LoadMonitor
+from warmroute.control.worker_facts import RankLoad
 from warmroute.control.workers import Registry, Worker
 
 
-def worker_info(registry: Registry, worker: Worker) -> dict[str, Any]:
+def worker_info(registry: Registry, loads: LoadMonitor, feeds: KvFeeds, worker: Worker) -> dict[str, Any]:
     """One element of `GET /workers`. Credentials are never shown."""
     facts, spec = worker.facts, worker.spec
     return {
@@ -29,7 +33,10 @@ def worker_info(registry: Registry, worker: Worker) -> dict[str, Any]:
         "kv_capacity_tokens": facts.kv_capacity_tokens if facts else None,
         "last_failure": worker.failure,
         "job_status": _job_status(worker),
-        "targets": [_target(target) for target in registry.targets(worker)],
+        "targets": [
+            _target(target, loads.load(worker, target.rank)) | {"kv_events": feeds.view(worker, target.rank)}
+            for target in registry.targets(worker)
+        ],
     }
 
 
@@ -46,7 +53,9 @@ def _job_status(worker: Worker) -> dict[str, Any] | None:
     }
 
 
-def _target(target: TargetInfo) -> dict[str, Any]:
+def _target(target: TargetInfo, load: RankLoad | None) -> dict[str, Any]:
+    """`engine`: what the worker said last of this rank; None: it does not say, or has not for a while."""
+    prompt = target.prompt_tokens
     return {
         "dp_rank": target.rank,
         "health": target.health,
@@ -59,7 +68,10 @@ def _target(target: TargetInfo) -> dict[str, Any]:
         "prompt_tokens": target.prompt_tokens,
         "predicted_cached_tokens": target.predicted_cached_tokens,
         "reported_cached_tokens": target.reported_cached_tokens,
+        "cache_hit_rate": target.reported_cached_tokens / prompt if prompt else None,
         "completion_tokens": target.completion_tokens,
+        "kv_capacity_tokens": target.kv_capacity_tokens,
         "index_characters": target.index_characters,
         "sticky_keys": target.sticky_keys,
+        "engine": None if load is None else asdict(load),
     }

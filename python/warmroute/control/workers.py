@@ -54,6 +54,8 @@ class Worker:
     overdue: bool = False
     """It has not answered for `worker_startup_timeout_secs`. It is still asked."""
     drain_deadline_ns: int | None = None
+    lives: int = 0
+    """How often it came back after it was lost, perhaps as another process."""
 
     @property
     def head(self) -> int:
@@ -210,6 +212,7 @@ class Registry:
             if facts != worker.facts:
                 self._core.update_worker(worker.head, facts.models, facts.kv_capacity_tokens, asked, now_ns)
             if worker.lost:
+                worker.lives += 1
                 self.forget_cache(worker, now_ns)
         incarnations = [target.incarnation for target in self.targets(worker)]
         self._directory.put(worker.slots, worker.address, facts.models, incarnations)

@@ -17,7 +17,8 @@ fuzz_target!(|body: &[u8]| {
         assert!(u64::from(prompt.routed_bytes) <= prompt.prompt_bytes);
         // What is spliced in must hold: the body stays a body of the same prompt.
         let mut spliced = body.to_vec();
-        spliced.splice(prompt.splice_offset..prompt.splice_offset, *b",\"data_parallel_rank\":3");
+        let (offset, inserted) = prompt.rank_place.splice(3);
+        spliced.splice(offset..offset, inserted);
         let spliced = reader.read(endpoint, &spliced).expect("still a body");
         assert_eq!((spliced.pinned_rank, &spliced.blocks), (Some(3), &prompt.blocks));
         // The oracle refuses lone surrogates and very large numbers, which are not the router's to judge.

@@ -119,16 +119,18 @@ impl RequestHead {
     }
 
     /// The head for a worker, which is told only what it needs. `authorization`: None passes the client's on, an empty one
-    /// drops it, another replaces it. The arguments are trusted to hold no line ends.
+    /// drops it, another replaces it. `rank`: the dp rank that was chosen, in place of what the client says of one. The arguments
+    /// are trusted to hold no line ends.
     pub fn to_worker(
         &self,
         host: &[u8],
         authorization: Option<&[u8]>,
         request_id: &[u8],
         content_length: Option<u64>,
+        rank: Option<u16>,
     ) -> Vec<u8> {
         let mut head = Vec::new();
-        self.write_to_worker(&mut head, host, authorization, request_id, content_length);
+        self.write_to_worker(&mut head, host, authorization, request_id, content_length, rank);
         head
     }
 
@@ -140,6 +142,7 @@ impl RequestHead {
         authorization: Option<&[u8]>,
         request_id: &[u8],
         content_length: Option<u64>,
+        rank: Option<u16>,
     ) {
         let credentials = authorization.or_else(|| self.authorization()).unwrap_or_default();
         // The client's own head bounds what is copied from it; 128 covers the names and the number written here.
@@ -151,8 +154,11 @@ impl RequestHead {
         if !credentials.is_empty() {
             write_line(head, b"authorization: ", credentials);
         }
+        if let Some(rank) = rank {
+            write_line(head, b"x-data-parallel-rank: ", rank.to_string().as_bytes());
+        }
         for field in &self.end_to_end {
-            if goes_to_worker(field.meaning) {
+            if goes_to_worker(field.meaning) && !(rank.is_some() && field.meaning == FieldName::DataParallelRank) {
                 write_line(head, b"", field.line(&self.head));
             }
         }

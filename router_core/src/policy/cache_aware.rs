@@ -1,8 +1,9 @@
-//! To whom holds most of the prompt, unless that would leave the fleet out of balance or the match is too small to matter.
+//! To whom holds most of the prompt, unless that would leave the fleet out of balance or the match is too small to matter. Of a
+//! worker whose ranks step together, to the rank where it makes the others wait least.
 
 use std::cmp::Reverse;
 
-use super::{Balance, Choice, Parameters, Policy};
+use super::{Balance, Choice, Parameters, Policy, ranks};
 use crate::prefix_index::Match;
 
 pub(super) struct CacheAware {
@@ -21,6 +22,9 @@ impl Policy for CacheAware {
         let (shortest, longest) = queues(choice);
         let held = f64::from(choice.matches.of(picked).bytes);
         let enough = held > f64::from(choice.prompt_bytes) * self.cache_threshold;
+        if choice.targets.ranks(picked) > 1 && ranks::somebody_holds_more(choice, picked) {
+            return "another rank holds more, but there it would make all ranks wait";
+        }
         match (self.balance.is_lost(shortest, longest), enough) {
             (false, true) => "holds most of the prompt",
             (true, true) => "loads out of balance: holds the prompt among short queues",
@@ -29,13 +33,18 @@ impl Policy for CacheAware {
         }
     }
 
+    fn cost_seconds(&self, choice: &Choice<'_, '_>, slot: u16) -> Option<f64> {
+        (choice.targets.ranks(slot) > 1).then(|| ranks::seconds(&ranks::Group::of(choice, slot), choice, slot))
+    }
+
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
         let candidates = choice.candidates;
         let (shortest, longest) = queues(choice);
         let limit = if self.balance.is_lost(shortest, longest) { self.balance.near(shortest) } else { longest };
         let holder = self.holder(choice, limit);
-        let picked = holder.or_else(|| choice.least(candidates.iter(), self.coldness(shortest)));
-        picked.unwrap_or_default()
+        let picked = holder.or_else(|| choice.least(candidates.iter(), self.coldness(shortest))).unwrap_or_default();
+        // A worker is chosen; of its ranks, which step together, the one that makes the others wait least.
+        if choice.targets.ranks(picked) > 1 { ranks::cheapest(choice, picked, limit) } else { picked }
     }
 }
 

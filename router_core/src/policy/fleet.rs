@@ -19,11 +19,18 @@ pub(super) struct Fleet {
 impl Fleet {
     /// One target per load, each with a cache of `capacity_bytes`.
     pub(super) fn new(loads: &[u64], capacity_bytes: u64) -> Self {
+        Self::of_workers(1, loads, capacity_bytes)
+    }
+
+    /// The same; every `ranks` of them are one worker.
+    pub(super) fn of_workers(ranks: u16, loads: &[u64], capacity_bytes: u64) -> Self {
         let region = Region::anonymous(1 << 20, 1, 0);
         let mut guard = region.lock().unwrap();
         let mut state = guard.state();
-        for &load in loads {
-            let slot = state.targets.claim(1).unwrap();
+        for (slot, &load) in (0..).zip(loads) {
+            if slot % ranks == 0 {
+                assert_eq!(state.targets.claim(ranks), Some(slot));
+            }
             state.index.open_target(slot, capacity_bytes);
             state.models.set_available(slot, 0, true);
             (0..load).for_each(|_| state.targets.begin(slot, Work::default()));
@@ -49,6 +56,15 @@ impl Fleet {
 
     pub(super) fn set_outstanding(&mut self, slot: u16, tokens: u64) {
         self.region.lock().unwrap().state().targets.begin(slot, Work { uncached_tokens: tokens, ..Work::default() });
+    }
+
+    /// That many prompt tokens are still to be read at `slot`.
+    pub(super) fn queue(&mut self, slot: u16, tokens: f64) {
+        let mut guard = self.region.lock().unwrap();
+        let mut targets = guard.state().targets;
+        let mut speed = targets.speed(slot);
+        speed.queue(tokens, 0);
+        targets.set_speed(slot, &speed);
     }
 
     pub(super) fn exclude(&mut self, slots: &[u16]) {

@@ -13,6 +13,7 @@
 //! Among equal costs the choice is by rendezvous hashing of the first block that nobody holds, so that siblings that come
 //! together meet, and several routers agree without a word.
 
+use super::ranks::{Group, unread_tokens};
 use super::{Choice, Policy, rendezvous};
 use crate::target::Targets;
 
@@ -32,9 +33,7 @@ impl Policy for LeastCost {
     }
 
     fn cost_seconds(&self, choice: &Choice<'_, '_>, slot: u16) -> Option<f64> {
-        let mut group = Group::default();
-        group.enter(choice, slot);
-        Some(group.cost(choice, slot))
+        Some(Group::of(choice, slot).cost(choice, slot))
     }
 
     fn pick(&self, choice: &mut Choice<'_, '_>) -> u16 {
@@ -55,47 +54,23 @@ impl Policy for LeastCost {
     }
 }
 
-/// The ranks of one worker.
-#[derive(Default)]
-struct Group {
-    head: Option<u16>,
-    longest_queue: f64,
-    largest_load: u64,
-    load: u64,
-}
-
 impl Group {
-    fn enter(&mut self, choice: &Choice<'_, '_>, slot: u16) {
-        let targets = choice.targets;
-        let head = targets.head(slot);
-        if self.head == Some(head) {
-            return;
-        }
-        *self = Self { head: Some(head), ..Self::default() };
-        for rank in targets.slots_of(head) {
-            self.longest_queue = self.longest_queue.max(targets.speed(rank).queued_tokens(choice.now_ns));
-            self.largest_load = self.largest_load.max(targets.load(rank));
-            self.load += targets.load(rank);
-        }
-    }
-
     /// Seconds that the request costs at `slot`.
     fn cost(&self, choice: &Choice<'_, '_>, slot: u16) -> f64 {
         let targets = choice.targets;
         let speed = targets.speed(slot);
         let bytes_per_token = targets.bytes_per_token(slot);
-        let prompt_bytes = f64::from(choice.prompt_bytes);
-        let unread = (prompt_bytes - f64::from(choice.matches.of(slot).bytes)).max(0.0) / bytes_per_token;
+        let unread = unread_tokens(choice, slot);
         let queued = speed.queued_tokens(choice.now_ns) + unread;
         let per_token = speed.seconds_per_prompt_token();
         let (step, per_request) = speed.step_seconds();
         let others = self.load as f64;
 
-        let stall = (queued - self.longest_queue).max(0.0) * per_token * others;
-        let steps_grow = targets.load(slot) + 1 > self.largest_load;
-        let slower = if steps_grow { speed.answer_tokens() * per_request * (1.0 + others) } else { 0.0 };
+        let stall = self.overhang(queued) * per_token * others;
+        let slower =
+            if self.grows_at(targets, slot) { speed.answer_tokens() * per_request * (1.0 + others) } else { 0.0 };
         let evicted = if choice.index.is_full(slot) { unread * per_token * EVICTED_VALUE } else { 0.0 };
-        let needed = prompt_bytes / bytes_per_token + speed.answer_tokens();
+        let needed = f64::from(choice.prompt_bytes) / bytes_per_token + speed.answer_tokens();
         let answer_seconds = speed.answer_tokens() * (step + per_request * targets.load(slot) as f64);
         queued * per_token + wait_for_room(targets, slot, needed, answer_seconds) + stall + slower + evicted
     }

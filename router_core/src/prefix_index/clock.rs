@@ -145,6 +145,10 @@ impl Clocks<'_> {
         f64::from(bytes) / self.capacity(slot).max(1) as f64
     }
 
+    pub(super) fn now_and_horizon(&self, slot: u16) -> (u64, u64) {
+        self.clock(slot).map_or((0, 0), |clock| (clock[NOW], clock[HORIZON]))
+    }
+
     pub(super) fn capacity(&self, slot: u16) -> u64 {
         self.clock(slot).map_or(0, |clock| clock[HORIZON].saturating_mul(clock[UNIT_BYTES]))
     }

@@ -16,7 +16,7 @@ const SHORT_PROMPT_BLOCKS: usize = 16;
 
 /// Length in bytes of the block with this index. Fine at the start, where prompts part most often; coarse later, because the
 /// index pays 16 bytes per block: 18 blocks for the first 4 KB (72 bytes of index per KB), 74 for 32 KB (37 per KB).
-fn block_length(index: usize, limit: usize) -> usize {
+pub(super) fn block_length(index: usize, limit: usize) -> usize {
     let growing = limit - GROWING_BLOCKS;
     match index {
         0..4 => 128,

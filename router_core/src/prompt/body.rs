@@ -1,6 +1,5 @@
 //! The top level of a body: collects the fields that routing reads, each with its last value, and makes the [`Prompt`] of them.
 
-use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, MapAccess, Visitor};
@@ -9,9 +8,9 @@ use sonic_rs::Deserializer as JsonDeserializer;
 use super::blocks::{BlockHash, BlockStream, TOOL_BLOCKS, link};
 use super::chat::Messages;
 use super::guard::{self, Refusal};
-use super::input::{EXPECTED_ID, Input, InputSeed, WRONG};
+use super::input::{EXPECTED_ID, Input, InputKind, InputSeed, WRONG};
 use super::json::{Any, AnyScalar, FreeFormList, MAX_DEPTH, Name, Scalar, Skip, TOO_DEEP, visit_alike};
-use super::{BadRequest, Endpoint, Prompt};
+use super::{BadRequest, Endpoint, Prompt, RankPlace};
 
 /// sonic-rs and the ends of blocks count bytes in 32 bits.
 const MAX_BODY_BYTES: usize = u32::MAX as usize / 2;
@@ -33,8 +32,25 @@ pub(super) fn read(hash: &BlockHash, endpoint: Endpoint, body: &[u8]) -> Result<
     let fields = Any(fields).deserialize(&mut json).and_then(|fields| json.end().map(|()| fields));
     let fields = fields.map_err(|error| unreadable(endpoint, &error.to_string()))?;
     let fields = fields.ok_or_else(|| BadRequest::new("The body must be a JSON object.", None))?;
-    let splice_offset = text.trim_end().len() - 1;
-    fields.into_prompt(hash, splice_offset)
+    let rank_place = if fields.names_rank {
+        RankPlace::Last(text.trim_end().len() - 1)
+    } else {
+        RankPlace::First(text.len() - text.trim_start().len() + 1)
+    };
+    fields.into_prompt(hash, rank_place)
+}
+
+/// What a chain of keys begins with: only prompts of one kind, model, adapter and salt meet.
+pub(super) fn namespace(hash: &BlockHash, kind: InputKind, model: Option<&str>, others: &[Option<String>; 4]) -> u64 {
+    let mut namespace = Vec::with_capacity(64);
+    namespace.push(kind as u8);
+    for part in std::iter::once(model).chain(others.iter().map(Option::as_deref)) {
+        // Length first, so that no two lists of parts read alike; 0 for what is absent.
+        let part = part.unwrap_or_default();
+        namespace.extend_from_slice(&(part.len() as u32).to_le_bytes());
+        namespace.extend_from_slice(part.as_bytes());
+    }
+    hash.of(&namespace)
 }
 
 fn unreadable(endpoint: Endpoint, reason: &str) -> BadRequest {
@@ -106,6 +122,8 @@ struct Fields<'r, 'de> {
     model: Scalar<'de>,
     stream: Scalar<'de>,
     pinned_rank: Scalar<'de>,
+    /// Whether a rank is named at all, be it null.
+    names_rank: bool,
     rid: Scalar<'de>,
     priority: Scalar<'de>,
     namespace: [Option<String>; 4],
@@ -124,6 +142,7 @@ impl<'r, 'de> Fields<'r, 'de> {
             model: Scalar::Null,
             stream: Scalar::Null,
             pinned_rank: Scalar::Null,
+            names_rank: false,
             rid: Scalar::Null,
             priority: Scalar::Null,
             namespace: [const { None }; 4],
@@ -139,7 +158,14 @@ impl<'r, 'de> Fields<'r, 'de> {
         match (field, self.endpoint) {
             (Field::Model, _) => self.model = map.next_value_seed(Any(AnyScalar))?,
             (Field::Stream, _) => self.stream = map.next_value_seed(Any(AnyScalar))?,
-            (Field::PinnedRank, _) => self.pinned_rank = map.next_value_seed(Any(AnyScalar))?,
+            (Field::PinnedRank, _) => {
+                self.names_rank = true;
+                // Of the two names one may be null: the other one counts.
+                match map.next_value_seed(Any(AnyScalar))? {
+                    Scalar::Null => {}
+                    rank => self.pinned_rank = rank,
+                }
+            }
             (Field::Rid, _) => self.rid = map.next_value_seed(Any(AnyScalar))?,
             (Field::Priority, _) => self.priority = map.next_value_seed(Any(AnyScalar))?,
             (Field::Namespace(field), _) => {
@@ -179,7 +205,7 @@ impl<'r, 'de> Fields<'r, 'de> {
         Ok(())
     }
 
-    fn into_prompt(self, hash: &BlockHash, splice_offset: usize) -> Result<Prompt, BadRequest> {
+    fn into_prompt(self, hash: &BlockHash, rank_place: RankPlace) -> Result<Prompt, BadRequest> {
         let model = match self.model {
             Scalar::Null => None,
             Scalar::Text(name) => Some(name.into_owned()),
@@ -221,14 +247,7 @@ impl<'r, 'de> Fields<'r, 'de> {
                 return Err(BadRequest::new(message, Some(param)));
             }
         };
-        let mut namespace = Vec::with_capacity(64);
-        namespace.push(found.kind as u8);
-        for part in std::iter::once(&model).chain(&self.namespace) {
-            // Length first, so that no two lists of parts read alike; 0 for what is absent.
-            let part = part.as_deref().map_or(Cow::Borrowed(""), Cow::Borrowed);
-            namespace.extend_from_slice(&(part.len() as u32).to_le_bytes());
-            namespace.extend_from_slice(part.as_bytes());
-        }
+        let namespace = namespace(hash, found.kind, model.as_deref(), &self.namespace);
         let tools_bytes = self.tools.as_ref().map_or(0, BlockStream::text_bytes);
         let routed_bytes = tools_bytes + found.stream.text_bytes();
         Ok(Prompt {
@@ -237,7 +256,7 @@ impl<'r, 'de> Fields<'r, 'de> {
             prompt_bytes: u64::from(routed_bytes) + found.other_bytes,
             routed_bytes,
             batch: found.batch,
-            blocks: link(hash.of(&namespace), self.tools, found.stream),
+            blocks: link(namespace, self.tools, found.stream),
             pinned_rank,
             // Neither is the router's to refuse.
             rid: match self.rid {
@@ -250,7 +269,7 @@ impl<'r, 'de> Fields<'r, 'de> {
                 Scalar::Negative(priority) => Some(priority),
                 _ => None,
             },
-            splice_offset,
+            rank_place,
         })
     }
 }

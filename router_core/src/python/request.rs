@@ -64,6 +64,9 @@ impl RoutedRequest {
     }
 }
 
+/// Where to insert what into a body.
+type Splice<'py> = Option<(usize, Bound<'py, PyBytes>)>;
+
 /// One attempt's claim on one target. Dropped without `release`, it counts as CANCELLED.
 #[pyclass(module = "warmroute._core", frozen)]
 pub(super) struct Lease(pub(super) router::Lease);
@@ -103,7 +106,7 @@ impl Lease {
     }
 
     #[getter]
-    fn splice<'py>(&self, py: Python<'py>) -> Option<(usize, Bound<'py, PyBytes>)> {
+    fn splice<'py>(&self, py: Python<'py>) -> Splice<'py> {
         self.0.splice().map(|(offset, bytes)| (offset, PyBytes::new(py, &bytes)))
     }
 
@@ -123,7 +126,7 @@ impl Lease {
         let (before, behind) = body.split_at(offset);
         let length = body.len() + inserted.len();
         let write_head = |message: &mut Vec<u8>| {
-            head.head.write_to_worker(message, host, authorization, head.id(), Some(length as u64));
+            head.head.write_to_worker(message, host, authorization, head.id(), Some(length as u64), self.0.told_rank());
         };
         if length > JOINED_BODY_BYTES {
             let body = if inserted.is_empty() { body } else { &[before, &inserted, behind].concat() };

@@ -192,6 +192,11 @@ impl TargetInfo {
     }
 
     #[getter]
+    fn kv_capacity_tokens(&self) -> u64 {
+        self.0.kv_capacity_tokens
+    }
+
+    #[getter]
     fn sticky_keys(&self) -> u64 {
         self.0.sticky_keys
     }

@@ -26,8 +26,10 @@ pub(super) struct Terms {
     pub(super) slot: u16,
     pub(super) head: u16,
     pub(super) incarnation: u64,
-    /// The rank that the worker must be told.
-    pub(super) spliced_rank: Option<u16>,
+    /// The rank that the worker is told in a header.
+    pub(super) told_rank: Option<u16>,
+    /// Whether its body must be told, too: the client did not.
+    pub(super) splices_rank: bool,
     pub(super) match_bytes: u32,
     pub(super) predicted_cached_tokens: u64,
     /// How long ago the target was last sent what it is taken to hold, as a share of its capacity.
@@ -80,8 +82,13 @@ impl Lease {
 
     /// What to insert into the body, and where, so that the worker uses the rank that was chosen.
     pub fn splice(&self) -> Option<(usize, Vec<u8>)> {
-        let rank = self.terms.spliced_rank?;
-        Some((self.request.prompt().splice_offset, format!(",\"data_parallel_rank\":{rank}").into_bytes()))
+        let rank = self.terms.told_rank.filter(|_| self.terms.splices_rank)?;
+        Some(self.request.prompt().rank_place.splice(rank))
+    }
+
+    /// The rank to name in the head as well: workers that read no rank in bodies read one there.
+    pub fn told_rank(&self) -> Option<u16> {
+        self.terms.told_rank
     }
 
     /// How its attempt went on the wire: on a connection that had been used before (None: on none), and in which pieces the answer
@@ -189,8 +196,10 @@ impl Router {
             }
             if let Ok(cached_tokens) = u64::try_from(outcome.cached_tokens) {
                 let predicted = terms.predicted_cached_tokens.min(prompt_tokens);
-                state.targets.learn_cached_share(slot, terms.match_age, prompt_tokens, predicted, cached_tokens);
-                self.fit_capacity(state, slot);
+                if !state.targets.is_fed(slot) {
+                    state.targets.learn_cached_share(slot, terms.match_age, prompt_tokens, predicted, cached_tokens);
+                    self.fit_capacity(state, slot);
+                }
                 count(TargetCounter::PromptTokens, prompt_tokens);
                 count(TargetCounter::ReportedCachedTokens, cached_tokens);
                 count(TargetCounter::PredictedCachedTokens, predicted);
@@ -198,8 +207,10 @@ impl Router {
         }
         if let Ok(completion_tokens @ 1..) = u64::try_from(outcome.completion_tokens) {
             count(TargetCounter::CompletionTokens, completion_tokens);
-            let bytes = completion_tokens as f64 * state.targets.bytes_per_token(slot);
-            state.index.advance(slot, bytes as u64);
+            if !state.targets.is_fed(slot) {
+                let bytes = completion_tokens as f64 * state.targets.bytes_per_token(slot);
+                state.index.advance(slot, bytes as u64);
+            }
         }
         if outcome.verdict() == Some(true) {
             // It was in use until now.

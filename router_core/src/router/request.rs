@@ -69,7 +69,8 @@ impl Request {
             router: Arc::clone(router),
             endpoint,
             model_hash: prompt.model.as_deref().map(|name| router.names.hash(name)),
-            pinned_rank: rank.or_else(|| rank_of_headers(routing_headers)),
+            // SGLang and vLLM let the header win, too.
+            pinned_rank: rank_of_headers(routing_headers).or(rank),
             routing_key: key_of_headers(routing_headers).map(|key| router.names.hash(key)),
             prompt,
             body_bytes: body_bytes as u64,
@@ -106,7 +107,7 @@ impl Request {
         self.model_hash
     }
 
-    /// The dp rank that the client insists on, in the body or in a header.
+    /// The dp rank that the client insists on, in a header or in the body.
     pub(super) fn pinned_rank(&self) -> Option<u16> {
         self.pinned_rank
     }
@@ -139,7 +140,9 @@ impl Drop for Request {
 }
 
 fn rank_of_headers(headers: &[u8]) -> Option<u16> {
-    header(headers, RANK_HEADER)?.parse().ok()
+    let rank: u64 = header(headers, RANK_HEADER)?.parse().ok()?;
+    // Larger than any that there is.
+    Some(u16::try_from(rank).unwrap_or(u16::MAX))
 }
 
 fn key_of_headers(headers: &[u8]) -> Option<&str> {
@@ -157,8 +160,9 @@ mod tests {
 
     #[test]
     fn a_rank_can_be_pinned_by_header() {
-        let table: [(&[u8], Option<u16>); 5] = [
+        let table: [(&[u8], Option<u16>); 6] = [
             (b"", None),
+            (b"x-data-parallel-rank: 70000\r\n", Some(u16::MAX)),
             (b"x-data-parallel-rank: 3\r\n", Some(3)),
             (b"x-smg-routing-key: a:b\r\nx-data-parallel-rank:0\r\n", Some(0)),
             (b"x-data-parallel-rank: three\r\n", None),

@@ -36,6 +36,8 @@ pub struct TargetView {
     pub consecutive_failures: u32,
     /// As the breaker counts them.
     pub consecutive_successes: u32,
+    /// Of its cache; 0: unknown.
+    pub kv_capacity_tokens: u64,
     /// Routing keys that were given to it, by the policy that keeps them.
     pub sticky_keys: u64,
     /// Bytes of prompt text that the index credits it with.
@@ -168,6 +170,7 @@ impl Router {
             outstanding_tokens: targets.outstanding_tokens(slot),
             consecutive_failures: breaker.consecutive_failures(),
             consecutive_successes: breaker.consecutive_successes(),
+            kv_capacity_tokens: targets.kv_capacity_tokens(slot),
             sticky_keys: targets.get(Field::StickyKeys, slot),
             index_characters: state.index.characters(slot),
             counters: self.target_counters(slot, incarnation),

@@ -66,6 +66,23 @@ impl Router {
         Ok(())
     }
 
+    /// The worker told the size of one rank's cache, which need not be that of its others.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`].
+    pub fn set_kv_capacity(&self, slot: u16, kv_capacity_tokens: u64) -> Result<(), Error> {
+        let mut guard = self.lock()?;
+        let mut state = guard.state();
+        if !state.targets.is_taken(slot) {
+            return Err(Error::Invalid(format!("no worker has slot {slot}")));
+        }
+        if state.targets.kv_capacity_tokens(slot) != kv_capacity_tokens {
+            state.targets.set(Field::KvCapacityTokens, slot, kv_capacity_tokens);
+            self.fit_capacity(&mut state, slot);
+        }
+        Ok(())
+    }
+
     /// The region goes on after its last router: what was in flight is gone, and no worker is known to be well. Heads of the workers
     /// that are still there.
     ///
@@ -80,6 +97,9 @@ impl Router {
             state.targets.set_breaker(head, Breaker::NEW);
             for field in [Field::Draining, Field::ProbeWanted] {
                 state.targets.set(field, head, 0);
+            }
+            for slot in state.targets.slots_of(head) {
+                state.targets.set(Field::IsFed, slot, 0);
             }
             self.refresh_availability(&mut state, head);
         }

@@ -50,6 +50,10 @@ impl Targets<'_> {
         if share > 0.0 { share.min(1.0) } else { 1.0 }
     }
 
+    pub(crate) fn set_cached_share(&mut self, slot: u16, share: f64) {
+        self.set(Field::CachedShare, slot, share.clamp(LEAST_CACHED_SHARE, 1.0).to_bits());
+    }
+
     /// An answer found `reported` of its `prompt` tokens in the cache where `predicted` were expected, which had been sent `age`
     /// (a share of the credited capacity) before. Only an old prefix that is missing speaks of size: a young one was not
     /// computed yet, or never will be.
