@@ -6,10 +6,12 @@
 
 mod attention;
 mod block;
+mod layer;
 mod matrix;
 mod rows;
 mod simd;
 
 pub use attention::{Cached, Queries, attend};
+pub use layer::{Layer, Step};
 pub use matrix::{Matrix, products_are_fast};
 pub use rows::{add_and_norm, norm_heads, rotate, silu_and_multiply, store};

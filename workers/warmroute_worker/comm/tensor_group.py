@@ -54,16 +54,16 @@ class SharedMemoryGroup:
     name = "shared memory"
 
     def __init__(self, group: Group, rank: int, size: int) -> None:
-        self._group = group
+        self.native = group
         self.rank, self.size = rank, size
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         host = x.contiguous() if x.device.type == "cpu" else x.cpu()
         if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             with torch.profiler.record_function("all_reduce"):
-                self._group.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
+                self.native.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
         else:
-            self._group.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
+            self.native.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
         return host if host.device == x.device else host.to(x.device)
 
     def join_columns(self, x: torch.Tensor, total: int) -> torch.Tensor | None:
@@ -71,10 +71,10 @@ class SharedMemoryGroup:
         widths = [len(topology.share(total, rank, self.size)) for rank in range(self.size)]
         sizes = [len(x) * width * x.itemsize for width in widths]
         if self.rank:
-            self._group.gather(host.data_ptr(), sizes, self.rank, 0, None)
+            self.native.gather(host.data_ptr(), sizes, self.rank, 0, None)
             return None
         parts = torch.empty(len(x) * total, dtype=x.dtype)
-        self._group.gather(host.data_ptr(), sizes, 0, 0, parts.data_ptr())
+        self.native.gather(host.data_ptr(), sizes, 0, 0, parts.data_ptr())
         shares = torch.split(parts, [len(x) * width for width in widths])
         joined = torch.cat([part.view(len(x), width) for part, width in zip(shares, widths, strict=True)], dim=1)
         return joined.to(x.device)

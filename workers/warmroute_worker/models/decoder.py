@@ -15,6 +15,7 @@ from warmroute_worker.layers.experts import GatedMlp, MixtureOfExperts
 from warmroute_worker.layers.linear import Embedding, Head, RmsNorm
 from warmroute_worker.layers.rope import RotaryEmbedding
 from warmroute_worker.models.self_attention import GroupedAttention, LatentAttention
+from warmroute_worker.models.whole_layer import WholeLayer
 
 if TYPE_CHECKING:
     import torch
@@ -99,10 +100,13 @@ class DecoderLayer:
             self._mlp = GatedMlp(source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias, group)
         else:
             self._mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group)
+        self._whole = WholeLayer.of(self._attention_norm, self._attention, self._mlp_norm, self._mlp, group)
 
     def __call__(
         self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
     ) -> torch.Tensor:
+        if self._whole is not None and self._whole(x, cos_sin, attention, batch):
+            return x
         seen = self._group.sum(self._attention(self._attention_norm(x), cos_sin, rope, attention, batch))
         x += self._group.sum(self._mlp(self._mlp_norm.after_adding(x, seen)))
         return x
