@@ -13,7 +13,7 @@ from warmroute_worker.executor.ranks import RankExecutor
 from warmroute_worker.layers import native
 from warmroute_worker.messages import Generate
 from warmroute_worker.model_config import ModelError
-from warmroute_worker.models.whole_layer import WholeLayer
+from warmroute_worker.models.whole_layer import DecodeStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,17 +96,17 @@ def test_a_layer_in_one_call_has_the_bits_of_its_operations(
 ) -> None:
     make_model(tmp_path, family)
     everybody = {str(n): prompt for n, prompt in enumerate(PROMPTS)}
-    used = []
-    real = WholeLayer.__call__
+    steps = []
+    real = DecodeStep.of
 
-    def counted(self: WholeLayer, *args: Any) -> bool:
-        used.append(real(self, *args))
-        return used[-1]
+    def recorded(*args: Any) -> DecodeStep | None:
+        steps.append(real(*args))
+        return steps[-1]
 
-    monkeypatch.setattr(WholeLayer, "__call__", counted)
+    monkeypatch.setattr(DecodeStep, "of", recorded)
     whole = Recorded(tmp_path).run(everybody)
-    assert sum(used) >= (NEW - 1) * 2
-    monkeypatch.setattr(WholeLayer, "__call__", lambda *_: False)
+    assert sum(step is not None for step in steps) == NEW - 1
+    monkeypatch.setattr(DecodeStep, "of", lambda *_: None)
     single = Recorded(tmp_path).run(everybody)
     assert whole.keys() == single.keys()
     assert all(torch.equal(row, single[key]) for key, row in whole.items())

@@ -124,7 +124,8 @@ class RankExecutor:
             return
         if not self._drawn:
             self._active_since = time.perf_counter_ns()
-        self.links.send_plan(plan.encode())
+        if self.rank.place.layout.world_size > 1:
+            self.links.send_plan(plan.encode())
         try:
             self._drawn.append(self.rank.run(plan))
         except (MemoryError, RuntimeError) as error:

@@ -97,11 +97,15 @@ class PagedAttention:
         """Update the page table and say where the plan's tokens belong."""
         rows, indices, pages = plan.page_updates.T
         self._page_table[rows, indices] = pages
-        positions = _positions(plan.starts, plan.lengths)
-        token_rows = np.repeat(plan.rows, plan.lengths)
+        if len(plan.token_ids) == len(plan):
+            # Everybody decodes: most steps.
+            positions, token_rows, num_decodes = plan.starts.astype(np.int64), plan.rows, len(plan)
+        else:
+            positions = _positions(plan.starts, plan.lengths)
+            token_rows = np.repeat(plan.rows, plan.lengths)
+            num_decodes = int(np.argmax(plan.lengths > 1))
         size = self._page_size
         slots = self._page_table[token_rows, positions // size] * size + positions % size
-        num_decodes = int(np.argmax(plan.lengths > 1)) if (plan.lengths > 1).any() else len(plan)
         seen, decodes = None, []
         if self._native:
             alone = len(positions) if self._deterministic else num_decodes

@@ -15,7 +15,7 @@ from warmroute_worker.layers.experts import GatedMlp, MixtureOfExperts
 from warmroute_worker.layers.linear import Embedding, Head, RmsNorm
 from warmroute_worker.layers.rope import RotaryEmbedding
 from warmroute_worker.models.self_attention import GroupedAttention, LatentAttention
-from warmroute_worker.models.whole_layer import WholeLayer
+from warmroute_worker.models.whole_layer import DecodeStep, WholeLayer
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +71,9 @@ class Decoder:
     def forward(self, x: torch.Tensor, attention: PagedAttention, batch: AttentionBatch) -> torch.Tensor:
         """[tokens, hidden] -> the same, through the layers of this stage."""
         cos_sin = self._rope.at(batch.positions)
+        step = DecodeStep.of(cos_sin, batch)
         for layer in self._layers:
-            x = layer(x, cos_sin, self._rope, attention, batch)
+            x = layer(x, cos_sin, self._rope, attention, batch, step)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -103,9 +104,17 @@ class DecoderLayer:
         self._whole = WholeLayer.of(self._attention_norm, self._attention, self._mlp_norm, self._mlp, group)
 
     def __call__(
-        self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
+        self,
+        x: torch.Tensor,
+        cos_sin: CosSin,
+        rope: RotaryEmbedding,
+        attention: PagedAttention,
+        batch: AttentionBatch,
+        step: DecodeStep | None,
     ) -> torch.Tensor:
-        if self._whole is not None and self._whole(x, cos_sin, attention, batch):
+        """[tokens, hidden] -> the same, in x. `step`: if every token decodes."""
+        if self._whole is not None and step is not None:
+            self._whole(x, step, attention)
             return x
         seen = self._group.sum(self._attention(self._attention_norm(x), cos_sin, rope, attention, batch))
         x += self._group.sum(self._mlp(self._mlp_norm.after_adding(x, seen)))

@@ -6,7 +6,7 @@ them. hidden 512 x 8 layers, one sequence: TO_BE_MEASURED
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -21,6 +21,34 @@ if TYPE_CHECKING:
     from warmroute_worker.layers.attention import AttentionBatch, PagedAttention
     from warmroute_worker.layers.linear import RmsNorm
     from warmroute_worker.models.self_attention import CosSin
+
+
+class DecodeStep(NamedTuple):
+    """What all layers have in common, by address; valid as long as what it was made of."""
+
+    tokens: int
+    turn: tuple[int, int]
+    seen: tuple[int, int, int]
+    table: tuple[int, int, int, int]
+    threads: int
+
+    @classmethod
+    def of(cls, cos_sin: CosSin, batch: AttentionBatch) -> DecodeStep | None:
+        """None: not every token decodes, or a trace is made, which shows the single operations."""
+        seen, (cos, sin), tokens = batch.seen, cos_sin, batch.positions.shape[0]
+        if seen is None or batch.prefills or len(seen.rows) < tokens:
+            return None
+        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+            return None
+        assert cos.shape[0] == sin.shape[0] == batch.slots.shape[0] == tokens
+        table = seen.page_table
+        return cls(
+            tokens,
+            (cos.data_ptr(), sin.data_ptr()),
+            (batch.slots.data_ptr(), seen.rows.ctypes.data, seen.visible.ctypes.data),
+            (table.ctypes.data, *table.shape, seen.page_size),
+            seen.threads,
+        )
 
 
 class WholeLayer:
@@ -52,27 +80,12 @@ class WholeLayer:
         )
         return cls(native, attention.index, group.native if isinstance(group, SharedMemoryGroup) else None)
 
-    def __call__(self, x: torch.Tensor, cos_sin: CosSin, attention: PagedAttention, batch: AttentionBatch) -> bool:
-        """[tokens, hidden] x becomes what it is after the layer; False: nothing was done, this is for other steps."""
-        seen = batch.seen
-        if seen is None or batch.prefills or len(seen.rows) < len(x):
-            return False
-        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
-            # A trace shows the single operations.
-            return False
-        cos, sin = cos_sin
-        keys, values = attention.pool.keys[self._index], attention.pool.values[self._index]
+    def __call__(self, x: torch.Tensor, step: DecodeStep, attention: PagedAttention) -> None:
+        """[tokens, hidden] x becomes what it is after the layer."""
+        assert x.shape[0] == step.tokens
         assert x.is_contiguous()
-        assert len(cos) == len(sin) == len(batch.slots) == len(x)
-        table = seen.page_table
+        keys, values = attention.pool.keys[self._index], attention.pool.values[self._index]
+        pool = keys.data_ptr(), values.data_ptr(), keys.shape[0]
         self._native.decode(
-            x.data_ptr(),
-            len(x),
-            (cos.data_ptr(), sin.data_ptr()),
-            (keys.data_ptr(), values.data_ptr(), len(keys)),
-            (batch.slots.data_ptr(), seen.rows.ctypes.data, seen.visible.ctypes.data),
-            (table.ctypes.data, *table.shape, seen.page_size),
-            seen.threads,
-            self._group,
+            x.data_ptr(), step.tokens, step.turn, pool, step.seen, step.table, step.threads, self._group
         )
-        return True
