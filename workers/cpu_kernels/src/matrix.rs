@@ -199,3 +199,45 @@ fn add<F: Fuse, const ROWS: usize, const BLOCKS: usize>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Fused, Separate};
+
+    fn of_rows(out: &mut [f32], width: usize) -> Vec<&mut [f32]> {
+        out.chunks_mut(width).collect()
+    }
+
+    #[test]
+    fn editions_agree() {
+        for (outputs, inputs) in [(200, 64), (17, 700), (64, 33)] {
+            let weight: Vec<f32> = (0..outputs * inputs).map(|i| (i * 7919 % 1999) as f32 / 1000.0 - 1.0).collect();
+            let matrix = Matrix::new(&weight, inputs, &[]);
+            for rows in 1..8 {
+                let x: Vec<f32> = (0..rows * inputs).map(|i| (i * 104_729 % 997) as f32 / 500.0 - 1.0).collect();
+                let (mut any, mut half) = (vec![0.0; rows * outputs], vec![0.0; rows * outputs]);
+                let mut out = any.clone();
+                matrix.multiply(&x, &mut out, 1);
+                multiply_panels_rows::<Separate>(
+                    &x,
+                    inputs,
+                    &matrix.panels,
+                    &matrix.bias,
+                    &mut of_rows(&mut any, outputs),
+                );
+                assert!(out.iter().zip(&any).all(|(a, b)| (a - b).abs() < 1e-4));
+                if has_wide() {
+                    multiply_panels_rows::<Fused>(
+                        &x,
+                        inputs,
+                        &matrix.panels,
+                        &matrix.bias,
+                        &mut of_rows(&mut half, outputs),
+                    );
+                    assert_eq!(out, half);
+                }
+            }
+        }
+    }
+}
