@@ -114,9 +114,9 @@ class Lease:
     ) -> tuple[bytes, bytes | None]:
         """The request `data`, which begins with `head`, as it goes to the target: request line, host, content-length,
         x-request-id, of the client's headers only content-type, accept, user-agent, x-correlation-id, traceparent,
-        tracestate, the routing keys, x-data-parallel-rank (replaced by the rank that was chosen, if the client named
-        none), and authorization (replaced by `authorization` when that is given; b"" drops it); then the body with `splice` in it. The second part, of a long body, is to be sent behind
-        the first.
+        tracestate, the routing keys, x-data-parallel-rank (replaced when a rank was chosen), and authorization
+        (replaced by `authorization` when that is given; b"" drops it); then the body with `splice` in it. The second
+        part, of a long body, is to be sent behind the first.
 
         The arguments are written as they are: they must hold no line ends."""
     def complete(self, response: Response, reused: bool, now_ns: int, /) -> tuple[Transition, ...] | None:

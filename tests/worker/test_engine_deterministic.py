@@ -10,8 +10,10 @@ import torch
 
 from tests.worker.engine_fixtures import FAMILIES, GREEDY, VOCAB_SIZE, load_engine, make_model
 from warmroute_worker.executor.ranks import RankExecutor
+from warmroute_worker.layers import native
 from warmroute_worker.messages import Generate
 from warmroute_worker.model_config import ModelError
+from warmroute_worker.models.whole_layer import DecodeStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,6 +87,29 @@ def test_without_the_flag_bits_do_depend_on_company(tmp_path: Path) -> None:
     """So the test above can fail."""
     make_model(tmp_path, "Llama")
     assert differing(tmp_path) > 20
+
+
+@pytest.mark.skipif(not native.Matrix.usable, reason="layers are computed operation by operation on this CPU")
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_a_layer_in_one_call_has_the_bits_of_its_operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    make_model(tmp_path, family)
+    everybody = {str(n): prompt for n, prompt in enumerate(PROMPTS)}
+    steps = []
+    real = DecodeStep.of
+
+    def recorded(*args: Any) -> DecodeStep | None:
+        steps.append(real(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(DecodeStep, "of", recorded)
+    whole = Recorded(tmp_path).run(everybody)
+    assert sum(step is not None for step in steps) == NEW - 1
+    monkeypatch.setattr(DecodeStep, "of", lambda *_: None)
+    single = Recorded(tmp_path).run(everybody)
+    assert whole.keys() == single.keys()
+    assert all(torch.equal(row, single[key]) for key, row in whole.items())
 
 
 def test_it_is_refused_where_it_does_not_hold(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.worker.engine_fixtures import (
 )
 from warmroute_worker.executor import model_runner
 from warmroute_worker.executor.ranks import RankExecutor
-from warmroute_worker.layers import native
+from warmroute_worker.layers import linear, native
 from warmroute_worker.layers.experts import Experts
 from warmroute_worker.layers.linear import RmsNorm
 from warmroute_worker.layers.moe import MixtureOfExperts
@@ -228,10 +228,8 @@ def _open_shared_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.nn import functional
-
-    real = functional.linear
-    monkeypatch.setattr(functional, "linear", lambda x, weight, bias=None: real(x, weight))
+    real = linear.product
+    monkeypatch.setattr(linear, "product", lambda packing, weight, bias=None: real(packing, weight))
 
 
 def _no_score_bias(monkeypatch: pytest.MonkeyPatch) -> None:

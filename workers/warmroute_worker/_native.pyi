@@ -10,10 +10,13 @@ from typing import TypeAlias, final
 __all__ = [
     "CollectiveError",
     "Group",
+    "Layer",
+    "Matrix",
     "Region",
     "add_and_norm",
     "attend",
     "norm_heads",
+    "products_are_fast",
     "rotate",
     "silu_and_multiply",
     "store",
@@ -109,6 +112,50 @@ def store(x: int, rows: int, stride: int, width: int, slots: int, pool: int, poo
 
 def silu_and_multiply(x: int, out: int, rows: int, width: int) -> None:
     """[rows, 2 * width] -> [rows, width]"""
+
+@final
+class Matrix:
+    """A copy of a matrix, [outputs, inputs], and of a bias (0: none), in the order that products read it in."""
+
+    def __new__(cls, weight: int, outputs: int, inputs: int, bias: int) -> Matrix: ...
+    def multiply(self, x: int, rows: int, out: int, threads: int) -> None:
+        """[rows, inputs] -> [rows, outputs]. The bits of a row do not depend on the others."""
+
+@final
+class Layer:
+    """Pre-norm attention with rotary positions, then a gated MLP, for tokens that decode."""
+
+    def __new__(
+        cls,
+        matrices: Sequence[Matrix],
+        norms: tuple[Sequence[float], Sequence[float]],
+        head_norms: tuple[Sequence[float], Sequence[float]] | None,
+        eps: float,
+        scale: float,
+        heads: tuple[int, int, int],
+    ) -> Layer:
+        """`matrices`: to queries, keys and values; from what heads have seen; to gate and up; from the inner numbers.
+        `norms`: weights, before the attention and before the MLP. `head_norms`: of queries and of keys. `heads`: of
+        queries, of keys, and the numbers of one."""
+
+    def decode(
+        self,
+        x: int,
+        tokens: int,
+        turn: tuple[int, int],
+        pool: tuple[int, int, int],
+        seen: tuple[int, int, int],
+        table: tuple[int, int, int, int],
+        threads: int,
+        group: Group | None,
+    ) -> None:
+        """x, [tokens, hidden], in place. `turn`: cos and signed sin, [tokens, numbers of a head]. `pool`: addresses of
+        the layer's keys and values, and how many slots they have. `seen`: int64 per token, its slot, its row in the
+        table, how many tokens it sees. `table`: page table (int64), rows, columns, tokens of a page. `group`: adds up
+        what the ranks have. Raises CollectiveError."""
+
+def products_are_fast() -> bool:
+    """Whether this CPU has what `Matrix` is made for."""
 
 def attend(
     queries: tuple[int, int, int, int],

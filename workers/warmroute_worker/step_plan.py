@@ -155,7 +155,8 @@ class StepPlan:
 
     def encode(self) -> bytes:
         """How the driver sends a plan to the other ranks; `decode` is the other end."""
-        columns = [self._columns()[name] for name in _DTYPES]
+        by_name = self._columns()
+        columns = [by_name[name] for name in _DTYPES]
         counts = np.array([column.size for column in columns], np.int64)
         return b"".join([counts.tobytes(), *(column.tobytes() for column in columns)])
 

@@ -5,8 +5,13 @@
 //! in the batch, nor on the number of threads.
 
 mod attention;
+mod block;
+mod layer;
+mod matrix;
 mod rows;
 mod simd;
 
 pub use attention::{Cached, Queries, attend};
+pub use layer::{Layer, Step};
+pub use matrix::{Matrix, products_are_fast};
 pub use rows::{add_and_norm, norm_heads, rotate, silu_and_multiply, store};

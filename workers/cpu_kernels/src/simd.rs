@@ -1,14 +1,27 @@
-//! Loops that the compiler turns into vector instructions, in two editions: for AVX2 with FMA, and for whatever there is.
+//! Loops that the compiler turns into vector instructions, in three editions: for AVX-512, for AVX2 with FMA, and for whatever there is.
 //!
-//! A kernel is an `#[inline(always)]` function, generic in how it multiplies and adds; [`kernel!`] makes the two editions of it.
+//! A kernel is an `#[inline(always)]` function, generic in how it multiplies and adds; [`kernel!`] makes the editions of it. The first
+//! two give the same bits.
+
+use crate::block::Block;
 
 /// How a product is added to a sum.
 pub(crate) trait Fuse: Copy {
+    /// [`LANES`] numbers at a time.
+    type Block: Block;
+
+    /// How many of them stay in registers, beside what they are made of.
+    const BLOCKS: usize;
+
     /// `a` x `b` + `c`
     fn fuse(a: f32, b: f32, c: f32) -> f32;
 }
 
-/// With one rounding, which needs the instruction: without it this is a call of a slow function.
+/// With one rounding, which needs the instruction: without it this is a call of a slow function. In 32 registers of a block each.
+#[derive(Clone, Copy)]
+pub(crate) struct FusedWide;
+
+/// The same in 16 registers of half a block each.
 #[derive(Clone, Copy)]
 pub(crate) struct Fused;
 
@@ -16,7 +29,28 @@ pub(crate) struct Fused;
 #[derive(Clone, Copy)]
 pub(crate) struct Separate;
 
+impl Fuse for FusedWide {
+    #[cfg(target_arch = "x86_64")]
+    type Block = crate::block::Whole;
+    #[cfg(not(target_arch = "x86_64"))]
+    type Block = [f32; LANES];
+
+    const BLOCKS: usize = 24;
+
+    #[inline(always)]
+    fn fuse(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+}
+
 impl Fuse for Fused {
+    #[cfg(target_arch = "x86_64")]
+    type Block = crate::block::Half;
+    #[cfg(not(target_arch = "x86_64"))]
+    type Block = [f32; LANES];
+
+    const BLOCKS: usize = 6;
+
     #[inline(always)]
     fn fuse(a: f32, b: f32, c: f32) -> f32 {
         a.mul_add(b, c)
@@ -24,13 +58,17 @@ impl Fuse for Fused {
 }
 
 impl Fuse for Separate {
+    type Block = [f32; LANES];
+
+    const BLOCKS: usize = 3;
+
     #[inline(always)]
     fn fuse(a: f32, b: f32, c: f32) -> f32 {
         a * b + c
     }
 }
 
-/// `pub(crate) fn $name(...)` that runs `$body::<Fused>` where the CPU has AVX2 and FMA, else `$body::<Separate>`.
+/// `pub(crate) fn $name(...)` that runs the edition of `$body` for this CPU.
 macro_rules! kernel {
     ($(#[$doc:meta])* $name:ident = $body:ident ( $($arg:ident : $type:ty),* $(,)? )) => {
         $(#[$doc])*
@@ -38,12 +76,22 @@ macro_rules! kernel {
         pub(crate) fn $name($($arg: $type),*) {
             #[cfg(target_arch = "x86_64")]
             {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                #[allow(clippy::too_many_arguments, reason = "kernels take what they take")]
+                fn widest($($arg: $type),*) {
+                    $body::<$crate::simd::FusedWide>($($arg),*);
+                }
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments, reason = "kernels take what they take")]
                 fn wide($($arg: $type),*) {
                     $body::<$crate::simd::Fused>($($arg),*);
                 }
-                if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+                if $crate::simd::has_widest() {
+                    #[allow(unsafe_code, reason = "the CPU has what it needs: the line above has asked")]
+                    // SAFETY: as said.
+                    return unsafe { widest($($arg),*) };
+                }
+                if $crate::simd::has_wide() {
                     #[allow(unsafe_code, reason = "the CPU has what it needs: the line above has asked")]
                     // SAFETY: as said.
                     return unsafe { wide($($arg),*) };
@@ -55,8 +103,26 @@ macro_rules! kernel {
 }
 pub(crate) use kernel;
 
-/// Sums that are kept apart.
-const LANES: usize = 16;
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_widest() -> bool {
+    use std::arch::is_x86_feature_detected as has;
+    has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") && has_wide()
+}
+
+/// Whether products are fused here.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_wide() -> bool {
+    use std::arch::is_x86_feature_detected as has;
+    has!("avx2") && has!("fma")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn has_wide() -> bool {
+    false
+}
+
+/// Numbers of a block; of a sum, as many are kept apart.
+pub(crate) const LANES: usize = 16;
 
 /// Asks for memory that will be read soon.
 #[inline(always)]

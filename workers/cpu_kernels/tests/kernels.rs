@@ -1,7 +1,7 @@
 //! Each kernel against the same in double precision, written down without any thought of speed.
 #![allow(missing_docs, reason = "tests")]
 
-use cpu_kernels::{Cached, Queries, add_and_norm, attend, norm_heads, rotate, silu_and_multiply, store};
+use cpu_kernels::{Cached, Matrix, Queries, add_and_norm, attend, norm_heads, rotate, silu_and_multiply, store};
 
 /// Numbers between -1 and 1 that look random.
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -201,4 +201,51 @@ fn threads_and_company_change_no_bit() {
     let case = |lengths: Vec<i64>| Case { heads: 4, kv_heads: 2, key_dim: 16, value_dim: 16, lengths };
     let together = check(&case(vec![40, 7, 19, 100]), false, 1);
     assert_eq!(check(&case(vec![40, 7, 19, 100]), false, 3), together);
+}
+
+fn product_of(x: &[f32], weight: &[f32], inputs: usize, bias: &[f32]) -> Vec<f64> {
+    let sum = |(x, (output, weights)): (&[f32], (usize, &[f32]))| {
+        let products = x.iter().zip(weights).map(|(x, weight)| f64::from(*x) * f64::from(*weight));
+        products.sum::<f64>() + bias.get(output).map_or(0.0, |bias| f64::from(*bias))
+    };
+    x.chunks(inputs).flat_map(|x| weight.chunks(inputs).enumerate().map(move |weights| sum((x, weights)))).collect()
+}
+
+#[test]
+fn products_with_matrices() {
+    // Widths around blocks and panels; inputs around the length of a piece; rows around what is done at once.
+    for (outputs, inputs) in [(1, 3), (15, 8), (16, 1), (17, 40), (63, 5), (64, 33), (65, 7), (200, 64), (80, 1300)] {
+        let (weight, bias) = (numbers(outputs * inputs, 11), numbers(outputs, 12));
+        let (plain, biased) = (Matrix::new(&weight, inputs, &[]), Matrix::new(&weight, inputs, &bias));
+        for rows in [1, 2, 3, 4, 5, 6, 7, 13] {
+            let x: Vec<f32> = numbers(rows * inputs, 13).iter().map(|x| x / 30.0).collect();
+            for (matrix, bias) in [(&plain, &[][..]), (&biased, &bias[..])] {
+                let mut out = vec![f32::NAN; rows * outputs];
+                matrix.multiply(&x, &mut out, 1);
+                close(&out, &product_of(&x, &weight, inputs, bias));
+            }
+        }
+    }
+}
+
+#[test]
+fn products_have_the_same_bits_in_any_company_and_on_any_number_of_threads() {
+    let (outputs, inputs, rows) = (330, 1100, 19);
+    let matrix = Matrix::new(&numbers(outputs * inputs, 14), inputs, &numbers(outputs, 15));
+    let x = numbers(rows * inputs, 16);
+    let alone: Vec<f32> = x
+        .chunks(inputs)
+        .flat_map(|x| {
+            let mut out = vec![0.0; outputs];
+            matrix.multiply(x, &mut out, 1);
+            out
+        })
+        .collect();
+    for count in 1..=rows {
+        for threads in [1, 2, 3, 9] {
+            let mut out = vec![f32::NAN; count * outputs];
+            matrix.multiply(&x[..count * inputs], &mut out, threads);
+            assert_eq!(out, alone[..count * outputs], "{count} rows, {threads} threads");
+        }
+    }
 }

@@ -16,7 +16,7 @@ use crate::memory::numbers_mut;
 
 pyo3::create_exception!(_native, CollectiveError, pyo3::exceptions::PyRuntimeError, "A collective did not take place.");
 
-fn raised(error: CommError) -> PyErr {
+pub(crate) fn raised(error: CommError) -> PyErr {
     match error {
         CommError::Invalid(text) => PyValueError::new_err(text),
         other => CollectiveError::new_err(other.to_string()),
@@ -116,7 +116,7 @@ fn named(counter: &str) -> PyResult<Counter> {
 }
 
 #[pyclass(name = "Group", module = "warmroute_worker._native")]
-pub(crate) struct PyGroup(Group);
+pub(crate) struct PyGroup(pub(crate) Group);
 
 #[pymethods]
 impl PyGroup {

@@ -2,13 +2,17 @@
 #![allow(unsafe_code, reason = "memory of tensors, by address")]
 #![allow(clippy::too_many_arguments, reason = "kernels take what they take")]
 
-use cpu_kernels::{Cached, Queries};
-use pyo3::prelude::*;
+use std::sync::Arc;
 
+use cpu_kernels::{Cached, Layer, Matrix, Queries, Step};
+use pyo3::prelude::*;
+use rank_comm::Dtype;
+
+use crate::comm::{PyGroup, raised};
 use crate::memory::{numbers, numbers_mut};
 
 // SAFETY, of all functions here: the caller's tensors are float32 (or int64), contiguous where their size says so, live during the call,
-// and are not used by anybody else, since the GIL is kept or, in `attend`, the engine has one thread.
+// and are not used by anybody else, since the GIL is kept or, where it is not, the engine has one thread.
 
 /// x += delta (0: nothing); out = norm of x.
 #[pyfunction]
@@ -58,6 +62,106 @@ fn store(x: usize, rows: usize, stride: usize, width: usize, slots: usize, pool:
 #[pyfunction]
 fn silu_and_multiply(x: usize, out: usize, rows: usize, width: usize) {
     unsafe { cpu_kernels::silu_and_multiply(numbers(x, 2 * rows * width), numbers_mut(out, rows * width), width) }
+}
+
+#[pyclass(frozen, name = "Matrix", module = "warmroute_worker._native")]
+pub(crate) struct PyMatrix(Arc<Matrix>);
+
+#[pymethods]
+impl PyMatrix {
+    #[new]
+    fn new(weight: usize, outputs: usize, inputs: usize, bias: usize) -> Self {
+        let biases = if bias == 0 { 0 } else { outputs };
+        let matrix = unsafe { Matrix::new(numbers(weight, outputs * inputs), inputs, numbers(bias, biases)) };
+        Self(Arc::new(matrix))
+    }
+
+    fn multiply(&self, py: Python<'_>, x: usize, rows: usize, out: usize, threads: usize) {
+        let matrix = &self.0;
+        py.detach(|| unsafe {
+            matrix.multiply(numbers(x, rows * matrix.inputs()), numbers_mut(out, rows * matrix.outputs()), threads);
+        });
+    }
+}
+
+#[pyclass(frozen, name = "Layer", module = "warmroute_worker._native")]
+pub(crate) struct PyLayer(Layer);
+
+#[pymethods]
+impl PyLayer {
+    #[new]
+    #[pyo3(signature = (matrices, norms, head_norms, eps, scale, heads))]
+    fn new(
+        matrices: [PyRef<'_, PyMatrix>; 4],
+        norms: (Vec<f32>, Vec<f32>),
+        head_norms: Option<(Vec<f32>, Vec<f32>)>,
+        eps: f32,
+        scale: f32,
+        heads: (usize, usize, usize),
+    ) -> Self {
+        let [qkv, output, gate_up, down] = matrices.map(|matrix| Arc::clone(&matrix.0));
+        let (attention_norm, mlp_norm) = norms;
+        let (heads, kv_heads, head_dim) = heads;
+        Self(Layer {
+            attention_norm,
+            qkv,
+            head_norms,
+            output,
+            mlp_norm,
+            gate_up,
+            down,
+            eps,
+            scale,
+            heads,
+            kv_heads,
+            head_dim,
+        })
+    }
+
+    #[pyo3(signature = (x, tokens, turn, pool, seen, table, threads, group))]
+    fn decode(
+        &self,
+        py: Python<'_>,
+        x: usize,
+        tokens: usize,
+        turn: (usize, usize),
+        pool: (usize, usize, usize),
+        seen: (usize, usize, usize),
+        table: (usize, usize, usize, usize),
+        threads: usize,
+        mut group: Option<PyRefMut<'_, PyGroup>>,
+    ) -> PyResult<()> {
+        let (layer, (cos, sin), (keys, values, pool_slots), (slots, rows, visible)) = (&self.0, turn, pool, seen);
+        let (page_table, table_rows, pages_per_row, page_size) = table;
+        let count = pool_slots * layer.kv_heads * layer.head_dim;
+        let group = group.as_mut().map(|group| &mut group.0);
+        py.detach(|| unsafe {
+            let step = Step {
+                cos: numbers(cos, tokens * layer.head_dim),
+                sin: numbers(sin, tokens * layer.head_dim),
+                slots: numbers(slots, tokens),
+                rows: numbers(rows, tokens),
+                visible: numbers(visible, tokens),
+                page_table: numbers(page_table, table_rows * pages_per_row),
+                pages_per_row,
+                page_size,
+                threads,
+            };
+            let x = numbers_mut(x, tokens * layer.attention_norm.len());
+            let (keys, values) = (numbers_mut(keys, count), numbers_mut(values, count));
+            let Some(group) = group else { return layer.decode(x, keys, values, step, |_| Ok(())) };
+            layer.decode(x, keys, values, step, |part| {
+                let bytes = numbers_mut(part.as_mut_ptr().expose_provenance(), size_of_val(part));
+                group.all_reduce(bytes, Dtype::Float32)
+            })
+        })
+        .map_err(raised)
+    }
+}
+
+#[pyfunction]
+fn products_are_fast() -> bool {
+    cpu_kernels::products_are_fast()
 }
 
 /// `queries`: address, tokens, stride, heads. `pool`: addresses of keys and values, slots, heads, key dim, value stride, value dim, page
@@ -112,5 +216,8 @@ pub(crate) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(rotate, module)?)?;
     module.add_function(wrap_pyfunction!(store, module)?)?;
     module.add_function(wrap_pyfunction!(silu_and_multiply, module)?)?;
+    module.add_class::<PyMatrix>()?;
+    module.add_class::<PyLayer>()?;
+    module.add_function(wrap_pyfunction!(products_are_fast, module)?)?;
     module.add_function(wrap_pyfunction!(attend, module)?)
 }

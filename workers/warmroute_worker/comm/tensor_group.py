@@ -81,23 +81,23 @@ class SharedMemoryGroup:
     name = "shared memory"
 
     def __init__(self, group: Group, rank: int, size: int) -> None:
-        self._group = group
+        self.native = group
         self.rank, self.size = rank, size
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         host = x.contiguous() if x.device.type == "cpu" else x.cpu()
         if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             with torch.profiler.record_function("all_reduce"):
-                self._group.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
+                self.native.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
         else:
-            self._group.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
+            self.native.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
         return host if host.device == x.device else host.to(x.device)
 
     def sum_rows(self, x: torch.Tensor, wanted: Sequence[range]) -> torch.Tensor:
         host, own = x.contiguous().cpu(), wanted[self.rank]
         size = host[:1].nbytes if len(host) else 0
         with torch.profiler.record_function("reduce_scatter"):
-            self._group.reduce_scatter(
+            self.native.reduce_scatter(
                 host.data_ptr(), host.nbytes, (own.start * size, own.stop * size), _DTYPES[host.dtype]
             )
         return host[own.start : own.stop].to(x.device)
@@ -116,7 +116,7 @@ class SharedMemoryGroup:
         widths = [len(topology.share(total, rank, self.size)) for rank in range(self.size)]
         rows = range(0) if wanted is None else wanted
         parts = torch.empty(len(rows) * total, dtype=x.dtype)
-        self._group.exchange(
+        self.native.exchange(
             "gather",
             host.data_ptr(),
             [len(x) * width * itemsize for width in widths],
@@ -137,7 +137,7 @@ class SharedMemoryGroup:
         out = torch.empty((sum(map(len, wanted)), *host.shape[1:]), dtype=host.dtype)
         size = host.itemsize * host.shape[1:].numel()
         with torch.profiler.record_function(kind):
-            self._group.exchange(
+            self.native.exchange(
                 kind,
                 host.data_ptr(),
                 [count * size for count in counts],

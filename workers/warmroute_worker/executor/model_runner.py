@@ -219,7 +219,9 @@ def stage_of(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: 
     place = links.place
     layers = topology.share(config.num_layers, place.pp_rank, place.layout.pp_size)
     split_head = place.layout.dp_attention and not args.enable_dp_lm_head
-    return Stage(layers, place.is_first_stage, place.is_last_stage, links.groups, parallel, split_head)
+    return Stage(
+        layers, place.is_first_stage, place.is_last_stage, links.groups, parallel, place.layout.dp_attention, split_head
+    )
 
 
 def measure(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: ExpertParallel) -> Sizes:

@@ -139,7 +139,8 @@ class RankExecutor:
             return
         if not self._drawn:
             self._active_since = time.perf_counter_ns()
-        self.links.send_plan(plan.encode())
+        if self.rank.place.layout.world_size > 1:
+            self.links.send_plan(plan.encode())
         try:
             drawn = self.rank.run(plan)
             self._drawn.append(drawn if len(plan) else ([], {}))

@@ -84,7 +84,7 @@ class PagedAttention:
     ) -> None:
         """`rounded`: steps have a multiple of so many tokens; more than 1 (only with our own kernel): the others see
         nothing and are stored nowhere, and prefills are computed as decodes are, so that nobody's company shows."""
-        self._pool = pool
+        self.pool = pool
         self._native = own_kernel
         self._rounded, self._deterministic = rounded, rounded > 1
         assert self._native or not self._deterministic
@@ -97,11 +97,15 @@ class PagedAttention:
         """Update the page table and say where the plan's tokens belong."""
         rows, indices, pages = plan.page_updates.T
         self._page_table[rows, indices] = pages
-        positions = _positions(plan.starts, plan.lengths)
-        token_rows = np.repeat(plan.rows, plan.lengths)
+        if len(plan.token_ids) == len(plan):
+            # Everybody decodes: most steps.
+            positions, token_rows, num_decodes = plan.starts.astype(np.int64), plan.rows, len(plan)
+        else:
+            positions = _positions(plan.starts, plan.lengths)
+            token_rows = np.repeat(plan.rows, plan.lengths)
+            num_decodes = int(np.argmax(plan.lengths > 1))
         size = self._page_size
         slots = self._page_table[token_rows, positions // size] * size + positions % size
-        num_decodes = int(np.argmax(plan.lengths > 1)) if (plan.lengths > 1).any() else len(plan)
         seen, decodes = None, []
         if self._native:
             alone = len(positions) if self._deterministic else num_decodes
@@ -117,8 +121,8 @@ class PagedAttention:
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: AttentionBatch
     ) -> torch.Tensor:
         """[tokens, heads, head_dim], twice [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]"""
-        self._store(self._pool.keys[layer], keys, batch)
-        self._store(self._pool.values[layer], values, batch)
+        self._store(self.pool.keys[layer], keys, batch)
+        self._store(self.pool.values[layer], values, batch)
         return self._attend(layer, queries, keys, values, batch, None)
 
     def attend_latent(
@@ -129,7 +133,7 @@ class PagedAttention:
         A row is the key of every head, its first `rank` numbers are the value. Scores are multiplied with `scale`.
         """
         keys = rows.unsqueeze(1)
-        self._store(self._pool.keys[layer], keys, batch)
+        self._store(self.pool.keys[layer], keys, batch)
         return self._attend(layer, queries, keys, keys[:, :, :rank], batch, scale)
 
     def _store(self, pool: torch.Tensor, x: torch.Tensor, batch: AttentionBatch) -> None:
@@ -150,7 +154,7 @@ class PagedAttention:
         value_dim = values.shape[2]
         alone: torch.Tensor | None = None
         if batch.seen is not None:
-            pool = self._pool.keys[layer], (self._pool.values or self._pool.keys)[layer]
+            pool = self.pool.keys[layer], (self.pool.values or self.pool.keys)[layer]
             alone = native.attend(queries, *pool, value_dim, scale or queries.shape[2] ** -0.5, batch.seen)
             if not batch.prefills:
                 missing = len(queries) - len(alone)
@@ -205,7 +209,7 @@ class PagedAttention:
         self, layer: int, pages: torch.Tensor, size: int, head_dim: int, value_dim: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of `size` equally long page lists, each [size, kv_heads, tokens, their dim]."""
-        source = self._pool.pages[layer]
+        source = self.pool.pages[layer]
         parts = source.shape[0]
         shape = (parts, len(pages), source.shape[2])
         needed = parts * len(pages) * source.shape[2]

@@ -85,7 +85,7 @@ class ExpertMap:
             return chosen
         if self.layout.sent and not self.layout.by_token:
             return self._near[chosen]
-        # In turn: rows of a step, and steps, since a step may have one row only. The same on all ranks if all have them.
+        # In turn: rows of a step, and steps, since a step may have one row only. The same on all ranks that share rows.
         self._turn += 1
         first = self._turn + (self.layout.ep_rank if self.layout.sent else 0)
         numbers = torch.arange(first, first + len(chosen), device=chosen.device).unsqueeze(1)

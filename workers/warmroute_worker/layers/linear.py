@@ -22,6 +22,12 @@ def product(
     packing: Packing, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> x W^T + b, for [tokens, in_features]. The weight may be kept in another order: nobody should look at it."""
+    if native.Matrix.usable and native.usable(weight.dtype, weight.device):
+        if len(weight) == 1:
+            # What comes next would be computed in other vectors for each number of rows, if these stood side by side.
+            widened = native.Matrix(*_widened(weight, bias))
+            return lambda x: widened(x)[:, :1]
+        return native.Matrix(weight, bias)
     packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
     enabled = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not packable or not enabled or weight.numel() < packing.smallest:
@@ -29,8 +35,7 @@ def product(
     outputs = len(weight)
     if outputs == 1:
         # A matrix of one row is multiplied as a vector, by another routine for each number of rows of x.
-        weight = functional.pad(weight, (0, 0, 0, 15))
-        bias = None if bias is None else functional.pad(bias, (0, 15))
+        weight, bias = _widened(weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     apply = torch.ops.mkldnn._linear_pointwise.default
     if outputs < len(weight):
@@ -38,6 +43,11 @@ def product(
     if packing.plain_for_one_row:
         return lambda x: functional.linear(x, weight, bias) if len(x) == 1 else apply(x, packed, bias, "none", [], "")
     return lambda x: apply(x, packed, bias, "none", [], "")
+
+
+def _widened(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """With 15 outputs more, of zeros."""
+    return functional.pad(weight, (0, 0, 0, 15)), None if bias is None else functional.pad(bias, (0, 15))
 
 
 class Linear:
@@ -76,11 +86,11 @@ class Linear:
             for tensor in (weight, biases):
                 if tensor is not None:
                     arrange(tensor)
-        self._product = product(source.packing, weight, biases)
+        self.product = product(source.packing, weight, biases)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in_features] -> [tokens, out_features], of what this rank has of both"""
-        return self._product(x)
+        return self.product(x)
 
 
 class Embedding:
@@ -133,27 +143,27 @@ class RmsNorm:
 
     def __init__(self, source: WeightSource, name: str, features: int, eps: float) -> None:
         self.weight = source.tensor(f"{name}.weight", (features,))
-        self._eps = eps
+        self.eps = eps
         self._native = native.usable(self.weight.dtype, self.weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, features] -> the same"""
         if self._native:
-            return native.norm(x, None, self.weight, self._eps)
-        return functional.rms_norm(x, self.weight.shape, self.weight, self._eps)
+            return native.norm(x, None, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def after_adding(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """The norm of x + delta, which x becomes."""
         if self._native:
-            return native.norm(x, delta, self.weight, self._eps)
+            return native.norm(x, delta, self.weight, self.eps)
         x += delta
         return self(x)
 
     def of_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, heads, features] -> each head's norm; x may be overwritten."""
         if self._native:
-            return native.norm_heads(x, self.weight, self._eps)
-        return functional.rms_norm(x, self.weight.shape, self.weight, self._eps)
+            return native.norm_heads(x, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:

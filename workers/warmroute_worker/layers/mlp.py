@@ -23,9 +23,9 @@ class GatedMlp:
     ) -> None:
         own = topology.share(intermediate, group.rank, group.size)
         inner = [f"{name}.gate_proj", f"{name}.up_proj"]
-        self._gate_up = Linear(source, inner, hidden, [intermediate] * 2, bias, [Part.of_rows(own)] * 2)
-        self._down = Linear(source, [f"{name}.down_proj"], intermediate, [hidden], bias, [Part(columns=own)])
+        self.gate_up = Linear(source, inner, hidden, [intermediate] * 2, bias, [Part.of_rows(own)] * 2)
+        self.down = Linear(source, [f"{name}.down_proj"], intermediate, [hidden], bias, [Part(columns=own)])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> this rank's part of the sum, [tokens, hidden]"""
-        return self._down(silu_and_multiply(self._gate_up(x)))
+        return self.down(silu_and_multiply(self.gate_up(x)))

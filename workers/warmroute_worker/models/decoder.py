@@ -23,6 +23,7 @@ from warmroute_worker.layers.moe import ExpertParallel, MixtureOfExperts
 from warmroute_worker.layers.rope import RotaryEmbedding
 from warmroute_worker.models.halves import Half, forward
 from warmroute_worker.models.self_attention import GroupedAttention, LatentAttention
+from warmroute_worker.models.whole_layer import DecodeStep, WholeLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +46,8 @@ class Stage:
     """It turns vectors into logits."""
     groups: Groups
     experts: ExpertParallel
+    dp_attention: bool = False
+    """Those who share heads are fewer than those who share MLPs."""
     split_head: bool = True
     """The head is divided among all ranks of the stage, not only among those that share the attention's heads."""
 
@@ -89,8 +92,9 @@ class Decoder:
     ) -> torch.Tensor:
         """[tokens, hidden] -> the same, through the layers of this stage."""
         cos_sin = self._rope.at(batch.positions)
+        step = DecodeStep.of(cos_sin, batch)
         for layer in self.layers:
-            x = layer(x, cos_sin, self._rope, attention, batch, rows)
+            x = layer(x, cos_sin, self._rope, attention, batch, rows, step)
         return x
 
     def forward_halves(
@@ -135,6 +139,9 @@ class DecoderLayer:
         else:
             self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts)
         self.sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends
+        self._whole: WholeLayer | None = None
+        if not stage.dp_attention:
+            self._whole = WholeLayer.of(self._attention_norm, self._attention, self._mlp_norm, self.mlp, group)
 
     def __call__(
         self,
@@ -144,7 +151,12 @@ class DecoderLayer:
         attention: PagedAttention,
         batch: AttentionBatch,
         rows: StepRows,
+        step: DecodeStep | None,
     ) -> torch.Tensor:
+        """[tokens, hidden] -> the same, in x. `step`: if every token decodes."""
+        if self._whole is not None and step is not None:
+            self._whole(x, step, attention)
+            return x
         inner = self.attend(x, cos_sin, rope, attention, batch)
         if self.sends:
             x += rows.joined(self.mlp(rows.single(inner)))

@@ -26,41 +26,44 @@ LATENT_NORM_EPS = 1e-6
 
 
 class GroupedAttention:
-    """Queries of many heads, keys and values of fewer; in some families a norm over each head."""
+    """Queries of many heads, keys and values of fewer; in some families a norm over each head.
+
+    `WholeLayer` makes one native call of what stands here.
+    """
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str, index: int, group: TensorGroup) -> None:
         """`index`: which of the pool's layers is this one's."""
         hidden, eps, dim = config.hidden_size, config.rms_norm_eps, config.head_dim
-        self._index = index
-        self._head_dim = dim
+        self.index = index
+        self.head_dim = dim
         heads = topology.share(config.num_heads, group.rank, group.size)
         kv_heads = topology.kv_heads(config.num_heads, config.num_kv_heads, group.rank, group.size)
-        self._num_heads, self._num_kv_heads = len(heads), len(kv_heads)
+        self.num_heads, self.num_kv_heads = len(heads), len(kv_heads)
         query_size, kv_size = config.num_heads * dim, config.num_kv_heads * dim
         own = range(heads.start * dim, heads.stop * dim)
         of_keys = Part.of_heads(kv_heads, dim)
         sizes, parts = [query_size, kv_size, kv_size], [Part.of_rows(own), of_keys, of_keys]
-        self._qkv = Linear(source, [f"{name}.{x}_proj" for x in "qkv"], hidden, sizes, config.qkv_bias, parts)
-        self._output = Linear(source, [f"{name}.o_proj"], query_size, [hidden], config.output_bias, [Part(columns=own)])
-        self._head_norms: tuple[RmsNorm, RmsNorm] | None = None
+        self.qkv = Linear(source, [f"{name}.{x}_proj" for x in "qkv"], hidden, sizes, config.qkv_bias, parts)
+        self.output = Linear(source, [f"{name}.o_proj"], query_size, [hidden], config.output_bias, [Part(columns=own)])
+        self.head_norms: tuple[RmsNorm, RmsNorm] | None = None
         if config.query_key_norm:
             query_norm, key_norm = (RmsNorm(source, f"{name}.{x}_norm", config.head_dim, eps) for x in "qk")
-            self._head_norms = query_norm, key_norm
+            self.head_norms = query_norm, key_norm
 
     def __call__(
         self, x: torch.Tensor, cos_sin: CosSin, rope: RotaryEmbedding, attention: PagedAttention, batch: AttentionBatch
     ) -> torch.Tensor:
         """[tokens, hidden] -> this rank's part of the sum, [tokens, hidden]"""
-        heads, kv_heads = self._num_heads, self._num_kv_heads
-        qkv = self._qkv(x).view(len(x), heads + 2 * kv_heads, self._head_dim)
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, self.head_dim)
         unturned = qkv[:, : heads + kv_heads]
-        if self._head_norms is not None:
-            query_norm, key_norm = self._head_norms
+        if self.head_norms is not None:
+            query_norm, key_norm = self.head_norms
             queries, keys = query_norm.of_heads(qkv[:, :heads]), key_norm.of_heads(qkv[:, heads : heads + kv_heads])
             unturned = _beside(queries, keys)
         turned = rope.rotate(unturned, cos_sin)
         values = qkv[:, heads + kv_heads :]
-        return self._output(attention.attend(self._index, turned[:, :heads], turned[:, heads:], values, batch))
+        return self.output(attention.attend(self.index, turned[:, :heads], turned[:, heads:], values, batch))
 
 
 class LatentAttention:

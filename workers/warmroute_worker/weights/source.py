@@ -62,7 +62,8 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class Packing:
-    """Which matrices are kept in oneDNN's order on CPU.
+    """Which matrices are kept in oneDNN's order on CPU, of those that `native.Matrix` is not for: 16-bit numbers, and
+    float32 on a CPU without AVX2.
 
     A call costs 10 us more then, and the product itself less than half of what MKL takes on an AMD EPYC (2816 x 512,
     float32, one thread: 1 row 169 us for 392, 8 rows 254 for 628, 512 rows 6.7 ms for 15.5). What comes out of a row

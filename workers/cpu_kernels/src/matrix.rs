@@ -1,0 +1,243 @@
+//! Products of rows with a matrix, from one row to hundreds, with one order of the matrix for all.
+//!
+//! A matrix is kept in panels: 64 outputs wide, all inputs long, input by input. A single row reads it from beginning to end, once, as
+//! fast as memory gives it; more rows keep a piece of a panel near the core and their sums in registers. The additions of an output
+//! follow from the number of inputs, whatever the number of rows or threads: its bits do not depend on company.
+
+use crate::block::Block;
+use crate::simd::{Fuse, LANES, has_wide, kernel};
+
+/// Outputs of a panel: four blocks, so that six rows of sums are the 24 blocks that stay in registers with AVX-512. The last panel may
+/// have fewer.
+const PANEL: usize = 4 * LANES;
+
+/// Inputs of a piece of a panel: 128 KB, which stay in the core's own cache while all rows are multiplied with it. Sums of pieces are
+/// added up, which is more exact than one long chain of additions.
+const PIECE: usize = 512;
+
+/// A matrix in the order that [`Matrix::multiply`] reads it in, and what its sums begin with.
+pub struct Matrix {
+    outputs: usize,
+    inputs: usize,
+    /// Panel by panel; of each, input by input. The last is filled up with zeros to whole blocks.
+    panels: Vec<f32>,
+    /// As many as there are outputs, filled up in the same way.
+    bias: Vec<f32>,
+}
+
+/// Whether products are fast on this CPU; elsewhere they are correct.
+#[must_use]
+pub fn products_are_fast() -> bool {
+    has_wide()
+}
+
+impl Matrix {
+    /// `weight`: \[outputs, inputs\]. `bias`: one per output, or empty.
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    #[must_use]
+    pub fn new(weight: &[f32], inputs: usize, bias: &[f32]) -> Self {
+        assert!(inputs > 0 && weight.len().is_multiple_of(inputs));
+        let outputs = weight.len() / inputs;
+        assert!(bias.is_empty() || bias.len() == outputs);
+        let filled = outputs.next_multiple_of(LANES);
+        let mut panels = vec![0.0; filled * inputs];
+        for (panel, rows) in panels.chunks_mut(PANEL * inputs).zip(weight.chunks(PANEL * inputs)) {
+            let width = panel.len() / inputs;
+            for (place, row) in rows.chunks_exact(inputs).enumerate() {
+                for (number, into) in row.iter().zip(panel[place..].iter_mut().step_by(width)) {
+                    *into = *number;
+                }
+            }
+        }
+        let mut begin = vec![0.0; filled];
+        begin[..bias.len()].copy_from_slice(bias);
+        Self { outputs, inputs, panels, bias: begin }
+    }
+
+    /// Numbers that come out of a row.
+    #[must_use]
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Numbers of a row.
+    #[must_use]
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// `out` = `x` W^T + b, of rows. On `threads` threads.
+    ///
+    /// # Panics
+    /// If the sizes do not fit.
+    pub fn multiply(&self, x: &[f32], out: &mut [f32], threads: usize) {
+        assert!(x.len().is_multiple_of(self.inputs));
+        assert_eq!(out.len(), x.len() / self.inputs * self.outputs);
+        let width = self.bias.len().div_ceil(PANEL).div_ceil(threads.max(1)) * PANEL;
+        let panels = self.panels.chunks(width * self.inputs).zip(self.bias.chunks(width));
+        let mut parts: Vec<Part> = panels.map(|(panels, bias)| Part { panels, bias, out: vec![] }).collect();
+        for row in out.chunks_exact_mut(self.outputs) {
+            for (part, piece) in parts.iter_mut().zip(row.chunks_mut(width)) {
+                part.out.push(piece);
+            }
+        }
+        let (own, others) = parts.split_first_mut().expect("there is one output at least");
+        if others.is_empty() {
+            // Without a scope, which would make a pool of threads.
+            own.multiply(x, self.inputs);
+            return;
+        }
+        rayon::in_place_scope(|scope| {
+            for part in others {
+                scope.spawn(|_| part.multiply(x, self.inputs));
+            }
+            own.multiply(x, self.inputs);
+        });
+    }
+}
+
+/// What one thread does.
+struct Part<'a> {
+    panels: &'a [f32],
+    bias: &'a [f32],
+    /// Its piece of every row.
+    out: Vec<&'a mut [f32]>,
+}
+
+impl Part<'_> {
+    fn multiply(&mut self, x: &[f32], inputs: usize) {
+        multiply_panels(x, inputs, self.panels, self.bias, &mut self.out);
+    }
+}
+
+kernel! {
+    multiply_panels = multiply_panels_rows(x: &[f32], inputs: usize, panels: &[f32], bias: &[f32], out: &mut [&mut [f32]])
+}
+
+#[inline(always)]
+fn multiply_panels_rows<F: Fuse>(x: &[f32], inputs: usize, panels: &[f32], bias: &[f32], out: &mut [&mut [f32]]) {
+    for (number, (panel, bias)) in panels.chunks(PANEL * inputs).zip(bias.chunks(PANEL)).enumerate() {
+        let (first, width) = (number * PANEL, bias.len());
+        for out in out.iter_mut() {
+            let end = out.len().min(first + width);
+            out[first..end].copy_from_slice(&bias[..end - first]);
+        }
+        for (place, piece) in panel.chunks(PIECE * width).enumerate() {
+            let (mut row, from) = (0, place * PIECE);
+            while row < out.len() {
+                let (x, out) = (&x[row * inputs + from..], &mut out[row..]);
+                row += match out.len() {
+                    1 => add_rows::<F, 1>(x, inputs, piece, width, first, out),
+                    2 => add_rows::<F, 2>(x, inputs, piece, width, first, out),
+                    3 => add_rows::<F, 3>(x, inputs, piece, width, first, out),
+                    4 => add_rows::<F, 4>(x, inputs, piece, width, first, out),
+                    5 => add_rows::<F, 5>(x, inputs, piece, width, first, out),
+                    _ => add_rows::<F, 6>(x, inputs, piece, width, first, out),
+                };
+            }
+        }
+    }
+}
+
+/// As many blocks at a time as there are registers for. Returns how many rows have been done.
+#[inline(always)]
+fn add_rows<F: Fuse, const ROWS: usize>(
+    x: &[f32],
+    stride: usize,
+    piece: &[f32],
+    width: usize,
+    first: usize,
+    out: &mut [&mut [f32]],
+) -> usize {
+    if width == PANEL && ROWS * 4 <= F::BLOCKS.max(4) {
+        add::<F, ROWS, 4>(x, stride, piece, width, 0, first, out);
+    } else if width == PANEL && ROWS * 2 <= F::BLOCKS {
+        add::<F, ROWS, 2>(x, stride, piece, width, 0, first, out);
+        add::<F, ROWS, 2>(x, stride, piece, width, 2 * LANES, first, out);
+    } else {
+        for column in (0..width).step_by(LANES) {
+            add::<F, ROWS, 1>(x, stride, piece, width, column, first, out);
+        }
+    }
+    ROWS
+}
+
+/// To the outputs from `first` + `column` on, of the first `ROWS` rows, what `piece` makes of the inputs that `x` begins with.
+#[inline(always)]
+fn add<F: Fuse, const ROWS: usize, const BLOCKS: usize>(
+    x: &[f32],
+    stride: usize,
+    piece: &[f32],
+    width: usize,
+    column: usize,
+    first: usize,
+    out: &mut [&mut [f32]],
+) {
+    let inputs = piece.len() / width;
+    let x: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * stride..][..inputs]);
+    let mut sums = [[F::Block::zero(); BLOCKS]; ROWS];
+    let blocks = piece.as_chunks::<LANES>().0;
+    for (input, weights) in (0..inputs).zip(blocks.chunks_exact(width / LANES)) {
+        let weights = weights[column / LANES..].first_chunk::<BLOCKS>().expect("a panel is wide enough");
+        let weights = weights.each_ref().map(F::Block::of);
+        for row in 0..ROWS {
+            for block in 0..BLOCKS {
+                sums[row][block] = sums[row][block].plus(x[row][input], weights[block]);
+            }
+        }
+    }
+    for (sums, out) in sums.iter().zip(out) {
+        for (sums, out) in sums.iter().zip(out[first + column..].chunks_mut(LANES)) {
+            if let Some(out) = out.first_chunk_mut::<LANES>() {
+                *out = F::Block::of(out).plus(1.0, *sums).numbers();
+            } else {
+                // The last block of a matrix may be longer than what is wanted of it.
+                out.iter_mut().zip(sums.numbers()).for_each(|(out, sum)| *out += sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Fused, Separate};
+
+    fn of_rows(out: &mut [f32], width: usize) -> Vec<&mut [f32]> {
+        out.chunks_mut(width).collect()
+    }
+
+    #[test]
+    fn editions_agree() {
+        for (outputs, inputs) in [(200, 64), (17, 700), (64, 33)] {
+            let weight: Vec<f32> = (0..outputs * inputs).map(|i| (i * 7919 % 1999) as f32 / 1000.0 - 1.0).collect();
+            let matrix = Matrix::new(&weight, inputs, &[]);
+            for rows in 1..8 {
+                let x: Vec<f32> = (0..rows * inputs).map(|i| (i * 104_729 % 997) as f32 / 500.0 - 1.0).collect();
+                let (mut any, mut half) = (vec![0.0; rows * outputs], vec![0.0; rows * outputs]);
+                let mut out = any.clone();
+                matrix.multiply(&x, &mut out, 1);
+                multiply_panels_rows::<Separate>(
+                    &x,
+                    inputs,
+                    &matrix.panels,
+                    &matrix.bias,
+                    &mut of_rows(&mut any, outputs),
+                );
+                assert!(out.iter().zip(&any).all(|(a, b)| (a - b).abs() < 1e-4));
+                if has_wide() {
+                    multiply_panels_rows::<Fused>(
+                        &x,
+                        inputs,
+                        &matrix.panels,
+                        &matrix.bias,
+                        &mut of_rows(&mut half, outputs),
+                    );
+                    assert_eq!(out, half);
+                }
+            }
+        }
+    }
+}
