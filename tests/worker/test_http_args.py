@@ -56,6 +56,8 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         ep_size=2,
         moe_a2a_backend="deepep",
         moe_runner_backend="deep_gemm",
+        deepep_mode="normal",
+        enable_single_batch_overlap=True,
         ep_rows="expert",
         enable_eplb=True,
         ep_num_redundant_experts=4,

@@ -23,6 +23,7 @@ A2A_BACKENDS = ("none", "deepep", "mooncake", "nixl", "mori")
 GROUPED_RUNNERS = ("grouped_mm", "triton", "deep_gemm")
 RUNNERS = ("auto", "loop", *GROUPED_RUNNERS)
 EP_ROWS = ("rank", "expert")
+DEEPEP_MODES = ("auto", "normal", "low_latency")
 DISPATCH_ALGORITHMS = ("static", "dynamic")
 MAX_RANKS = 64
 
@@ -82,6 +83,10 @@ class WorkerArgs:
     """loop: one product after the other; grouped_mm: all experts of a rank in one. auto: loop; others: grouped_mm."""
     ep_rows: str = "rank"
     """With an all-to-all a row is sent once to each rank that has some of its experts, or once for each expert."""
+    deepep_mode: str = "auto"
+    """The built-in all-to-all has one mode for prompts and answers; the name is reported."""
+    enable_single_batch_overlap: bool = False
+    """Always so: a shared expert is computed while rows are on their way."""
     enable_eplb: bool = False
     """Experts are moved between ranks from time to time, so that each has as much to do."""
     ep_num_redundant_experts: int = 0
@@ -272,6 +277,11 @@ class WorkerArgs:
             lines.append(f"--moe-a2a-backend {self.moe_a2a_backend}: --ep-size is {layout.ep_size}, as --tp-size")
         if self.moe_a2a_backend != "none":
             lines.append(f"--moe-a2a-backend {self.moe_a2a_backend}: the built-in all-to-all is used")
+        if self.deepep_mode != "auto":
+            lines.append(f"--deepep-mode {self.deepep_mode}: the built-in all-to-all has one mode for all steps")
+        if self.enable_single_batch_overlap:
+            done = "is always done" if self.moe_a2a_backend != "none" else "has no effect without an all-to-all"
+            lines.append(f"--enable-single-batch-overlap: computing shared experts while rows are away {done}")
         if self.moe_runner_backend in GROUPED_RUNNERS[1:]:
             lines.append(f"--moe-runner-backend {self.moe_runner_backend}: grouped_mm of torch is used")
         if layout.dp_attention:
@@ -317,6 +327,7 @@ _CHOICES = {
     "moe_runner_backend": RUNNERS,
     "ep_rows": EP_ROWS,
     "ep_dispatch_algorithm": DISPATCH_ALGORITHMS,
+    "deepep_mode": DEEPEP_MODES,
 }
 
 _KV_EVENTS = {"publisher", "endpoint", "replay_endpoint", "topic", "hwm", "enable_kv_cache_events"}

@@ -14,6 +14,7 @@ from warmroute_worker import dry_run
 from warmroute_worker.args import (
     A2A_BACKENDS,
     ATTENTION_BACKENDS,
+    DEEPEP_MODES,
     DEVICES,
     DISPATCH_ALGORITHMS,
     DTYPES,
@@ -134,6 +135,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--load-format", LOAD_FORMATS, "dummy: seeded random weights, only config.json and tokenizer are read"),
         ("--load-balance-method", LOAD_BALANCE_METHODS, "who gets a request that names no data-parallel rank"),
         ("--moe-a2a-backend", A2A_BACKENDS, "none: all ranks have all rows; any other: our own all-to-all"),
+        ("--deepep-mode", DEEPEP_MODES, "accepted: the built-in all-to-all has one mode"),
         ("--moe-runner-backend", RUNNERS, "loop: expert by expert; grouped_mm, and others: in one product"),
         ("--ep-rows", EP_ROWS, "send a row once to each rank of its experts, or once for each expert"),
         ("--ep-dispatch-algorithm", DISPATCH_ALGORITHMS, "which copy of an expert: the sender's own, or by token"),
@@ -146,6 +148,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--enable-p2p-check", "measure at start whether and how fast ranks reach each other's memory"),
         ("--enable-dp-attention", "data-parallel ranks share MLPs and experts, and have caches of their own"),
         ("--enable-dp-lm-head", "with DP attention: the head is divided within a data-parallel rank only"),
+        ("--enable-single-batch-overlap", "accepted: shared experts are always computed while rows are away"),
         ("--enable-eplb", "move experts between ranks so that each has as much to do"),
         ("--enable-two-batch-overlap", "compute one half of a step while the other's rows are on their way"),
         ("--disable-cuda-graph", "accepted: there are no CUDA graphs yet"),
