@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from tests.worker.driver_fixtures import drivers
 from tests.worker.engine_fixtures import GREEDY, NEW_TOKENS, make_reference
+from tests.worker.worker_process import worker_process
+from warmroute_worker import model_folder
 from warmroute_worker.command_line import parse
 from warmroute_worker.messages import Generate, Profile
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.worker.engine_fixtures import Reference
     from warmroute_worker.offline_drivers import Drivers
 
@@ -238,20 +242,46 @@ def test_bytes_between_ranks(deepseek: Reference) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_eight_ranks(tmp_path: Path) -> None:
-    """tp 8, dp 8, ep 8: an eighth of the cached tokens on each rank on average, all of them once."""
-    reference = make_reference(
-        tmp_path,
-        lengths=(9, 12, 40, 17, 33, 60, 21, 50),
-        family="DeepseekV3",
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
+    """`launch_worker --tp 8 --dp 8 --ep 8 --enable-dp-attention`, as /debug/ranks tells it: an eighth of the cached
+    tokens on each rank on average, all of them once; without DP attention eight times."""
+    lengths = (9, 12, 40, 17, 33, 60, 21, 50)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    reference = make_reference(tmp_path, lengths=lengths, family="DeepseekV3", **heads)
+    demo = Path(model_folder.__file__).parent / "demo_model"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo / name, tmp_path)
+    spread = ["--dp", "8", "--enable-dp-attention"]
     stored = {}
-    for name, changes in (("plain", layout(8)), ("dp", layout(8, 8, 8)), ("sent", layout(8, 8, sent=True))):
-        with drivers(tmp_path, watchdog_timeout=120.0, **changes) as worker:
-            assert worker.answers(requests(reference, worker.args.dp_size)) == reference.answers
-            stored[name] = kv_bytes(worker)
+    for name, flags in (
+        ("plain", []),
+        ("dp", [*spread, "--ep", "8"]),
+        ("sent", [*spread, "--moe-a2a-backend", "deepep"]),
+    ):
+        shape = ["--model-path", str(tmp_path), "--port", "0", "--tp", "8", "--max-total-tokens", "4096"]
+        with worker_process(*shape, "--device", "cpu", *flags) as worker:
+            url = worker.url(180)
+            size = httpx.get(url + "/server_info").json()["dp_size"]
+
+            def answer(place: int, url: str = url, size: int = size) -> list[int]:
+                body = {
+                    "input_ids": reference.prompts[place],
+                    "routed_dp_rank": place % size,
+                    "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS},
+                }
+                answered = httpx.post(url + "/generate", json=body, timeout=180).raise_for_status().json()
+                assert answered["meta_info"]["dp_rank"] == place % size
+                return list(answered["output_ids"])
+
+            with ThreadPoolExecutor(len(lengths)) as pool:
+                assert list(pool.map(answer, range(len(lengths)))) == reference.answers
+            ranks = httpx.get(url + "/debug/ranks").json()["ranks"]
+            assert [rank["dp_rank"] for rank in ranks] == (list(range(8)) if size == 8 else [0] * 8)
+            assert len({rank["pid"] for rank in ranks}) == 8
+            stored[name] = [rank["stored_bytes"] for rank in ranks]
+    assert len(set(stored["plain"])) == 1
+    assert sum(stored["dp"]) == stored["plain"][0]
     assert sum(stored["plain"]) == 8 * sum(stored["dp"])
     assert stored["dp"] == stored["sent"]
 
