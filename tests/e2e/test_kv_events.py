@@ -16,6 +16,7 @@ def generate(url: str, ids: list[int]) -> dict[str, Any]:
     body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
     status, answer = request_json("POST", url + "/generate", body)
     assert status == 200, answer
+    assert isinstance(answer, dict)
     return dict(answer["meta_info"])
 
 
