@@ -1,5 +1,6 @@
 """Ranks on real sockets: which rank a worker is told, at every attempt, and what a client may insist on."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -148,3 +149,30 @@ async def test_without_dp_aware_the_worker_divides_its_requests_itself() -> None
         info = await control.reaches(await control.register(worker.url), "ready")
         assert len(info["targets"]) == 1
         assert info["kv_capacity_tokens"] == 4_000
+
+
+async def test_a_worker_that_dies_with_all_its_ranks_fails_no_request() -> None:
+    """Ranks live and die as one: what was sent to any of them goes to the other worker, with a rank of that one."""
+    async with (
+        FakeWorker(dp_size=4) as one,
+        FakeWorker(dp_size=4) as two,
+        running([one, two], policy="least_load") as router,
+    ):
+        one.script = two.script = Script(first_byte_seconds=0.02)
+
+        async def client(number: int) -> list[int]:
+            statuses = []
+            for turn in range(12):
+                answer = await router.client.post(CHAT, json=chat(f"{number}: {turn}"))
+                statuses.append(answer.status_code)
+            return statuses
+
+        clients = [asyncio.create_task(client(number)) for number in range(16)]
+        while one.record.received < 40:
+            await asyncio.sleep(0.005)
+        lost = one.record.in_flight
+        await one.stop()
+        statuses = [status for answers in await asyncio.gather(*clients) for status in answers]
+        assert lost > 0
+        assert statuses == [200] * (16 * 12)
+        assert {seen.rank for seen in two.record.requests} == {0, 1, 2, 3}

@@ -55,8 +55,13 @@ impl CacheAware {
     fn coldness(&self, shortest: u64) -> impl Fn(&Choice<'_, '_>, u16) -> (u64, Reverse<u64>, u64) + use<> {
         let short = self.balance.short(shortest);
         move |choice, slot| {
-            let load = choice.targets.load(slot);
-            (load.max(short), Reverse(choice.index.room(slot)), load)
+            // Of a worker with ranks all count alike: which of them gets the prompt is decided afterwards, so that the one with most
+            // room may keep it, and must not draw one prompt after the other to its worker.
+            let ranks = choice.targets.slots_of(choice.targets.head(slot));
+            let count = ranks.len().max(1) as u64;
+            let load = ranks.clone().map(|rank| choice.targets.load(rank)).sum::<u64>() / count;
+            let room = ranks.map(|rank| choice.index.room(rank)).sum::<u64>() / count;
+            (load.max(short), Reverse(room), load)
         }
     }
 
@@ -71,7 +76,8 @@ impl CacheAware {
             return None;
         }
         let best = matches.holders().filter(fits).take_while(|(_, found)| found.bytes == most.bytes);
-        choice.least(best.map(|(slot, _)| slot), |choice, slot| choice.targets.load(slot))
+        choice
+            .least(best.map(|(slot, _)| slot), |choice, slot| (ranks::wait_ms(choice, slot), choice.targets.load(slot)))
     }
 }
 

@@ -89,6 +89,12 @@ pub(super) fn somebody_holds_more(choice: &Choice<'_, '_>, slot: u16) -> bool {
     ranks.any(|rank| choice.candidates.contains(rank) && choice.matches.of(rank).bytes > held)
 }
 
+/// The same in whole milliseconds, to compare holders on several workers: a worker whose holder is busy would else get the prompt for
+/// one of its other ranks. 0 for a worker of one rank.
+pub(super) fn wait_ms(choice: &Choice<'_, '_>, slot: u16) -> u64 {
+    if choice.targets.ranks(slot) > 1 { (seconds(&Group::of(choice, slot), choice, slot) * 1e3) as u64 } else { 0 }
+}
+
 /// What the request costs at the rank in `slot`, in seconds.
 pub(super) fn seconds(group: &Group, choice: &Choice<'_, '_>, slot: u16) -> f64 {
     let speed = choice.targets.speed(slot);
@@ -150,6 +156,31 @@ mod tests {
         let mut fleet = Fleet::new(&[1; 4], 64 << 20);
         fleet.queue(2, 9_000.0);
         fleet.send(2, "prompt", 12_000);
+        assert_eq!(fleet.pick(&*policy(), "prompt", 16_000), 2);
+    }
+
+    #[test]
+    fn the_rank_with_most_room_does_not_draw_prompts_to_its_worker() {
+        let mut fleet = Fleet::of_workers(4, &[0; 8], 64 << 20);
+        // Ranks 0 and 1 have least in their caches, and most to read: others of their worker get what is new.
+        (1..8).for_each(|slot| fleet.send(slot, "other", 400 * usize::from(slot)));
+        [0, 1].into_iter().for_each(|slot| fleet.queue(slot, 8_000.0));
+        let mut sent = [0; 2];
+        for turn in 0..64 {
+            let name = format!("{turn}");
+            let slot = fleet.pick(&*policy(), &name, 800);
+            fleet.send(slot, &name, 800);
+            sent[usize::from(slot / 4)] += 1;
+        }
+        assert!(sent.iter().all(|&count| count >= 24), "{sent:?}");
+    }
+
+    #[test]
+    fn of_holders_on_two_workers_the_one_that_is_free() {
+        let mut fleet = Fleet::of_workers(2, &[1, 1, 2, 2], 64 << 20);
+        fleet.send(0, "prompt", 12_000);
+        fleet.send(2, "prompt", 12_000);
+        fleet.queue(0, 20_000.0);
         assert_eq!(fleet.pick(&*policy(), "prompt", 16_000), 2);
     }
 
