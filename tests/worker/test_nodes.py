@@ -220,6 +220,23 @@ def test_nodes_that_do_not_fit_together(other: list[str], said: str) -> None:
     assert first.stderr == [line]
 
 
+OLDER = """
+import sys
+from warmroute_worker import launch_worker, node_agreement
+node_agreement.version = lambda: "0.0.1"
+sys.exit(launch_worker.main())
+"""
+
+
+def test_another_version() -> None:
+    port = free_port()
+    with worker_process(*flags(0, port)) as first, worker_process(*flags(1, port), program=OLDER) as second:
+        assert (first.wait(40), second.wait(10)) == (3, 3)
+    [line] = first.stderr
+    assert line.startswith("launch_worker: error: node 1 runs version 0.0.1, node 0 version ")
+    assert second.stderr == [line]
+
+
 def test_a_stranger_keeps_nobody_waiting_and_a_second_node_1_is_refused() -> None:
     port = free_port()
     with worker_process(*flags(0, port, "--nnodes", "4", "--tp", "4", "--dist-timeout", "8")) as first:

@@ -107,7 +107,8 @@ class NodeLifecycle:
             self._cause = f"the {part.value} process (pid {pid}) {ending(return_code)}"
         # Not told to end, its driver may have seen that node 0 is gone before anybody said so. Told to, it may have
         # been in a step with ranks that ended first, which is no error once everything is served.
-        self._waits_for_words = self._draining == bool(return_code)
+        in_time = self._deadline is None or now < self._deadline
+        self._waits_for_words = in_time and self._draining == bool(return_code)
         if self._waits_for_words:
             self._end_by(now + KILL_AFTER_SECONDS)
         return Actions()

@@ -99,6 +99,9 @@ class Wire:
                 raise self._watch.lost(f"{self._name} is gone")
             rest = rest[count:]
 
+    def close(self) -> None:
+        self._sock.close()
+
     def _wait(self, event: int, began: float, timeout: float | None) -> None:
         poll = select.poll()
         poll.register(self._sock, event)
