@@ -188,7 +188,8 @@ class RankLinks:
         # Each writes its number where the others read it.
         if self.exchange(str(self.place.rank)) != [str(rank) for rank in range(ranks)]:
             raise CollectiveError(f"peer access is not supported between these two devices: rank {self.place.rank}")
-        return f"p2p check: {ranks} ranks reach each other's memory; a barrier takes {latency * 1e6:.0f} us"
+        what = "each other's memory" if self._others is None else f"each other on {self._nodes.count} nodes"
+        return f"p2p check: {ranks} ranks reach {what}; a barrier takes {latency * 1e6:.0f} us"
 
     def exchange(self, text: str) -> list[str]:
         """What every rank says, by rank; all must say something."""
