@@ -24,10 +24,13 @@ from tests.worker.engine_fixtures import (
 from tests.worker.worker_process import until
 from warmroute_worker import model_config, offline
 from warmroute_worker.args import WorkerArgs
+from warmroute_worker.comm.rank_links import CollectiveError
 from warmroute_worker.comm.tensor_group import SharedMemoryGroup
+from warmroute_worker.executor import model_runner
 from warmroute_worker.executor.ranks import RankExecutor
 from warmroute_worker.messages import Generate, Sampling
 from warmroute_worker.model_config import ModelError
+from warmroute_worker.startup_error import StartupError
 from warmroute_worker.weights.safetensors_reader import SafetensorsReader
 from warmroute_worker.weights.source import Part
 
@@ -100,6 +103,20 @@ def test_sizes_that_do_not_divide(tmp_path: Path, tp: int, pp: int) -> None:
     reference = make_reference(tmp_path, 1, (3, 16, 50, 130), "Qwen2", **UNEVEN)
     with ranks(tmp_path, tp, pp) as (engine, _):
         assert answers(greedy(engine, reference.prompts)) == reference.answers
+
+
+def _in_16_bits() -> None:
+    model_runner._dtype = lambda *_: torch.bfloat16
+
+
+def test_ranks_that_chose_another_dtype_do_not_begin(tmp_path: Path) -> None:
+    """As on a host with other devices, where `auto` means something else."""
+    make_model(tmp_path, "Llama")
+    with pytest.raises((StartupError, CollectiveError)) as error, ranks(tmp_path, 2, prepare=_in_16_bits):
+        pass
+    assert str(error.value) == (
+        "all ranks need the same --device and --dtype; found rank 0: float32 on cpu, rank 1: bfloat16 on cpu"
+    )
 
 
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])

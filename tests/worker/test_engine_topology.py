@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmroute_worker.step_plan import LogitChanges, SamplingColumns, StepPlan
-from warmroute_worker.topology import Layout, kv_heads, share
+from warmroute_worker.topology import TENSOR_GROUPS, Layout, Nodes, kv_heads, share
 from warmroute_worker.watchdog import Watchdog
 
 SIZES = (1, 2, 3, 4, 8)
@@ -62,6 +62,31 @@ def test_each_rank_is_in_one_group_of_each_kind(layout: Layout) -> None:
     assert len([place for place in layout.places() if place.samples]) == layout.dp_size
     with pytest.raises(ValueError, match="there is no rank"):
         layout.place(layout.world_size)
+
+
+@given(
+    st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.booleans(), st.sampled_from([1, 2])
+)
+def test_groups_are_divided_among_nodes(tp: int, pp: int, dp: int, dp_attention: bool, ep: int) -> None:
+    """Of each group every rank is on one node; each node sees its own part, and who speaks for it is its first rank."""
+    dp = min(dp, tp) if dp_attention else 1
+    layout = Layout(tp, pp, dp, dp_attention and dp > 1, min(ep, tp))
+    for count in (n for n in (1, 2, 3, 4) if layout.world_size % n == 0):
+        views = [Nodes(layout, count, own) for own in range(count)]
+        assert [rank for view in views for rank in view.local_ranks] == list(range(layout.world_size))
+        assert all(view.node_of(rank) == view.own for view in views for rank in view.local_ranks)
+        spanning = views[0].spanning()
+        for name, members, slots, slot_bytes in layout.groups():
+            here = [[group for group in view.local_groups() if group[0] == name] for view in views]
+            for view, found in zip(views, here, strict=True):
+                own = tuple(rank for rank in members if rank in view.local_ranks)
+                assert found == ([(name, own, slots, slot_bytes)] if len(own) > 1 else [])
+                if name in spanning and own:
+                    assert spanning[name][view.own] == own
+            assert (name in spanning) == (len({views[0].node_of(rank) for rank in members}) > 1)
+            is_tensors = name.startswith(TENSOR_GROUPS)
+            assert (name in views[0].wired()) == (name in spanning and not is_tensors)
+        assert count > 1 or views[0].local_groups() == layout.groups()
 
 
 @given(st.integers(0, 1000), st.integers(1, 9))

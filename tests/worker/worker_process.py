@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _ROOT = Path(__file__).parents[2]
 _WITH_FAKE_DRIVER = (
@@ -53,12 +53,22 @@ class WorkerProcess:
 
 
 @contextlib.contextmanager
-def worker_process(*argv: str, fake_driver: bool = False, **environment: str) -> Iterator[WorkerProcess]:
-    """Killed at the end if it still runs; its children then die by themselves."""
+def worker_process(
+    *argv: str,
+    fake_driver: bool = False,
+    program: str | None = None,
+    prefix: Sequence[str] = (),
+    **environment: str,
+) -> Iterator[WorkerProcess]:
+    """Killed at the end if it still runs; its children then die by themselves.
+
+    `program`: Python code instead of the launcher. `prefix`: a command that runs another one, in its own process.
+    """
     start = ["-c", _WITH_FAKE_DRIVER] if fake_driver else ["-m", "warmroute_worker.launch_worker"]
+    start = start if program is None else ["-c", program]
     path = os.pathsep.join([str(_ROOT), str(_ROOT / "workers")])
     process = subprocess.Popen(
-        [sys.executable, *start, *argv],
+        [*prefix, sys.executable, *start, *argv],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path, **environment},

@@ -48,8 +48,14 @@ class Region:
     def status(self, rank: int) -> dict[str, int]:
         """What a rank says of itself: pid, heartbeat, steps, busy_ns, comm_ns, weight_bytes, pool_bytes, slot_bytes,
         active_ns, prefill_steps, decode_steps, idle_steps, stored_bytes, sent_rows, expert_rows, overlap_ns,
-        moved_experts, balancedness_ppm; of each operation the number of calls and the bytes given to it
-        (`all_reduce_calls`, `all_reduce_bytes` ...)."""
+        moved_experts, balancedness_ppm, node_bytes; of each operation the number of calls and the bytes given to
+        it (`all_reduce_calls`, `all_reduce_bytes` ...)."""
+
+    def status_words(self, rank: int) -> list[int]:
+        """All that `status` says, for a region of the same layout on another host."""
+
+    def set_status_words(self, rank: int, words: list[int]) -> None:
+        """What `status_words` gave there. Only for ranks that are not on this host."""
 
     def get(self, rank: int, counter: str) -> int:
         """One of the numbers of `status`, without the operations."""

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from warmroute_worker.topology import Layout
+from warmroute_worker.topology import Layout, Nodes
 
 DEVICES = ("auto", "cpu", "cuda", "xpu", "npu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -210,6 +210,8 @@ class WorkerArgs:
             self.nnodes == 1 or self.dist_init_addr is not None,
             "--nnodes wants --dist-init-addr HOST:PORT, the same on all nodes",
         )
+        if self.dist_init_addr is not None:
+            self.dist_address()
         _check(
             not (self.enable_eplb or self.ep_num_redundant_experts) or self.layout.ep_size > 1,
             "--enable-eplb and --ep-num-redundant-experts are for --ep-size above 1",
@@ -231,10 +233,19 @@ class WorkerArgs:
         dp_attention = self.enable_dp_attention and self.dp_size > 1
         return Layout(self.tp_size, self.pp_size, self.dp_size, dp_attention, self.tp_size if sends else self.ep_size)
 
-    def local_ranks(self) -> range:
-        """The ranks of this node: as many on each, one after the other."""
-        each = self.layout.world_size // self.nnodes
-        return range(self.node_rank * each, (self.node_rank + 1) * each)
+    @property
+    def nodes(self) -> Nodes:
+        return Nodes(self.layout, self.nnodes, self.node_rank)
+
+    def dist_address(self) -> tuple[str, int]:
+        """Host and port of `dist_init_addr`. Raises ValueError."""
+        host, _, port = (self.dist_init_addr or "").rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        _check(
+            bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16,
+            f"--dist-init-addr must be HOST:PORT, got {self.dist_init_addr!r}",
+        )
+        return host, int(port)
 
     def of_rank(self) -> tuple[int, int, float]:
         """Of each data-parallel rank: requests in a batch, prompt tokens in a step, conservativeness."""

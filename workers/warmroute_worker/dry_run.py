@@ -9,7 +9,7 @@ from warmroute_worker.startup_error import StartupError
 
 if TYPE_CHECKING:
     from warmroute_worker.args import WorkerArgs
-    from warmroute_worker.topology import Layout
+    from warmroute_worker.topology import Nodes
 
 
 def describe(args: WorkerArgs) -> list[str]:
@@ -24,10 +24,10 @@ def describe(args: WorkerArgs) -> list[str]:
     if first:
         lines.append(f"  HTTP and tokenizer on http://{args.host}:{args.port}")
     lines.append(
-        f"  engine: {len(args.local_ranks())} ranks" + (", their parent" if len(args.local_ranks()) > 1 else "")
+        f"  engine: {len(args.nodes.local_ranks)} ranks" + (", their parent" if len(args.nodes.local_ranks) > 1 else "")
     )
     lines.append("ranks:")
-    lines += rank_map(layout, args.nnodes)
+    lines += rank_map(args.nodes)
     try:
         model_config.check_layout(model_config.read(model_folder.resolve(args.model_path)), layout)
     except (LookupError, StartupError) as error:
@@ -35,14 +35,13 @@ def describe(args: WorkerArgs) -> list[str]:
     return lines
 
 
-def rank_map(layout: Layout, nnodes: int = 1) -> list[str]:
+def rank_map(nodes: Nodes) -> list[str]:
     """One line per rank: its coordinates, its node, and whether it schedules."""
-    header = ["rank", "pp", "tp", "dp", "attention tp", "ep", "expert tp"] + (["node"] if nnodes > 1 else [])
+    header = ["rank", "pp", "tp", "dp", "attention tp", "ep", "expert tp"] + (["node"] if nodes.count > 1 else [])
     rows = [[*header, "does"]]
-    per_node = layout.world_size // nnodes
-    for place in layout.places():
+    for place in nodes.layout.places():
         numbers = [place.rank, place.pp_rank, place.tp_rank, place.dp_rank, place.attention_tp_rank]
-        numbers += [place.ep_rank, place.expert_tp_rank] + ([place.rank // per_node] if nnodes > 1 else [])
+        numbers += [place.ep_rank, place.expert_tp_rank] + ([nodes.node_of(place.rank)] if nodes.count > 1 else [])
         does = ["schedules"] * place.is_driver + ["draws tokens"] * place.samples
         rows.append([*map(str, numbers), ", ".join(does)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

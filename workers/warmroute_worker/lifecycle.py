@@ -14,6 +14,8 @@ from warmroute_worker.child_process import ending
 KILL_AFTER_SECONDS = 2.5
 """How long the rest may take once one process is dead. With `http.process.LAST_WORDS_SECONDS` in it, below the 5 s in
 which a worker whose engine died has to be gone."""
+NODE_LOST_SECONDS = 3.5
+"""The same from the moment in which another node is gone: the ranks here have to notice first."""
 DRAIN_GRACE_SECONDS = 5.0
 """On top of `--drain-timeout`, for the processes to end by themselves."""
 
@@ -33,6 +35,8 @@ class Actions:
     """A signal for the HTTP process."""
     kill: bool = False
     """SIGKILL for everything that lives."""
+    stop: str | None = None
+    """The ranks of this node stop, for this reason."""
 
 
 @dataclass
@@ -73,13 +77,19 @@ class Lifecycle:
         """Whether the engine has said that it is ready."""
         return self._ready
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether it was told to end."""
+        return self._draining
+
     def ready(self, text: str) -> Actions:
         self._ready = True
         return Actions(say=f"ready on {self.address} ({text})")
 
     def failed(self, message: str) -> Actions:
         """The driver, or the HTTP process, said why it cannot go on. Its own words beat what its exit looks like."""
-        self._cause = message
+        if not self._served:
+            self._cause = message
         return Actions()
 
     def terminated(self, number: int, now: float) -> Actions:
@@ -91,6 +101,19 @@ class Lifecycle:
         if self._deadline is None:
             self._deadline = now + self.drain_timeout + DRAIN_GRACE_SECONDS
         return Actions(forward=signal.SIGTERM)
+
+    def told_to_drain(self, now: float) -> Actions:
+        """Another node was told to end; all of them do, or none."""
+        return Actions() if self._draining else self.terminated(signal.SIGTERM, now)
+
+    def node_ended(self, words: str | None, now: float) -> Actions:
+        """Another node ends; why, in words, or with None: cleanly, as it was told."""
+        if words is None or self._served or self._cause is not None:
+            return Actions()
+        self._cause = words
+        end = now + NODE_LOST_SECONDS
+        self._deadline = end if self._deadline is None else min(self._deadline, end)
+        return Actions(stop=words)
 
     def exited(self, part: Part, pid: int, return_code: int, now: float) -> Actions:
         """`return_code`: negative for the signal that killed it."""

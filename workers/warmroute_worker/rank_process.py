@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from warmroute_worker import driver, engine
-from warmroute_worker.comm.rank_links import CollectiveError, RankLinks
+from warmroute_worker.comm.rank_links import CollectiveError, OtherNodes, RankLinks
 from warmroute_worker.executor import ranks
 from warmroute_worker.executor.model_runner import usable_cores
 from warmroute_worker.startup_error import StartupError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from warmroute_worker._native import Region
     from warmroute_worker.args import WorkerArgs
+    from warmroute_worker.node_links import NodeLinks
     from warmroute_worker.topology import Place
 
 log = logging.getLogger("warmroute_worker.rank")
@@ -33,11 +34,17 @@ PEER_GRACE_SECONDS = 5.0
 they see only who did not come."""
 
 
-def run(place: Place, args: WorkerArgs, region: Region, sock: socket.socket | None) -> int:
+def run(
+    place: Place, args: WorkerArgs, region: Region, sock: socket.socket | None, node_links: NodeLinks | None = None
+) -> int:
     """Until there is nothing more to do. `sock`: a driver's, to the HTTP process. Returns the exit status."""
     timeout = args.watchdog_timeout + PEER_GRACE_SECONDS
     region.set(place.rank, "pid", os.getpid())
-    links = RankLinks(place, region, timeout, usable_cores(), torch_backend(args))
+    try:
+        node = None if args.nnodes == 1 or node_links is None else OtherNodes(args.nodes, node_links)
+        links = RankLinks(place, region, timeout, usable_cores(), torch_backend(args), node)
+    except CollectiveError:
+        return 1  # everybody has been told
     if args.enable_p2p_check:
         try:
             reach = links.measure_reach()
@@ -52,7 +59,7 @@ def run(place: Place, args: WorkerArgs, region: Region, sock: socket.socket | No
 def torch_backend(args: WorkerArgs) -> str | None:
     """Which of torch's libraries adds up, if it is not shared memory."""
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
-    if on_cuda and torch.cuda.device_count() >= args.layout.world_size:
+    if on_cuda and torch.cuda.device_count() >= len(args.nodes.local_ranks):
         return "nccl"
     # On fewer devices than ranks NCCL refuses to work, and shared memory does.
     return "gloo" if args.disable_custom_all_reduce else None

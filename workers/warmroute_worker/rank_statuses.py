@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from warmroute_worker._native import Region
-    from warmroute_worker.topology import Layout
+    from warmroute_worker.topology import Nodes
 
 OPERATIONS = ("all_reduce", "gather", "broadcast", "barrier", "reduce_scatter", "all_to_all")
 
@@ -14,8 +14,9 @@ OPERATIONS = ("all_reduce", "gather", "broadcast", "barrier", "reduce_scatter", 
 class RankStatuses:
     """For whoever only looks."""
 
-    def __init__(self, layout: Layout, region: Region) -> None:
-        self._layout, self._region = layout, region
+    def __init__(self, nodes: Nodes, region: Region) -> None:
+        """Of ranks on other nodes the region has what their supervisors said a moment ago."""
+        self._nodes, self._layout, self._region = nodes, nodes.layout, region
 
     def read(self) -> list[dict[str, Any]]:
         """By rank: its coordinates, what it holds, what it did. Bytes of an all-reduce: of vectors, not of slots."""
@@ -27,6 +28,7 @@ class RankStatuses:
             }
             coordinates = {
                 "rank": rank,
+                "node": self._nodes.node_of(rank),
                 "tp_rank": place.tp_rank,
                 "pp_rank": place.pp_rank,
                 "dp_rank": place.dp_rank,

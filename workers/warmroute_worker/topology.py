@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 GroupPlan = tuple[str, tuple[int, ...], int, int]
 """Name, ranks, slots of each rank, bytes of a slot: what `_native.Region` is made from."""
@@ -26,6 +30,9 @@ RECORD_SLOT_BYTES = 4 << 10
 
 RING = 16
 """Slots where a sender runs ahead of its receivers. A message takes two: 8 stages can have one under way each."""
+
+TENSOR_GROUPS = ("tp", "experts", "attention")
+"""How the names of groups begin that divide tensors."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +124,55 @@ class Layout:
                 groups.append((f"tokens of dp {dp_rank}", (driver, last), RING, PLAN_SLOT_BYTES))
         return [group for group in groups if len(group[1]) > 1]
 
-    def group_index(self, name: str) -> int | None:
-        """Place of a group in `groups`; None if it would be one rank alone."""
-        names = [group[0] for group in self.groups()]
+
+@dataclass(frozen=True)
+class Nodes:
+    """Which ranks are on which node: as many on each, one after the other. A node is one launcher."""
+
+    layout: Layout
+    count: int = 1
+    own: int = 0
+    """The node whose view this is."""
+
+    @property
+    def local_ranks(self) -> range:
+        return self.ranks_of(self.own)
+
+    def ranks_of(self, node: int) -> range:
+        each = self.layout.world_size // self.count
+        return range(node * each, (node + 1) * each)
+
+    def node_of(self, rank: int) -> int:
+        return rank // (self.layout.world_size // self.count)
+
+    def divided(self, members: Sequence[int]) -> dict[int, tuple[int, ...]]:
+        """Members of a group, by node: those of a node stand together, since members are in the order of ranks."""
+        found: dict[int, tuple[int, ...]] = {}
+        for rank in members:
+            found[self.node_of(rank)] = (*found.get(self.node_of(rank), ()), rank)
+        return found
+
+    def local_groups(self) -> list[GroupPlan]:
+        """The groups, of this node's ranks only: what the memory that they share is made for."""
+        groups = [
+            (name, self.divided(members).get(self.own, ()), slots, slot_bytes)
+            for name, members, slots, slot_bytes in self.layout.groups()
+        ]
+        return [group for group in groups if len(group[1]) > 1]
+
+    def local_group_index(self, name: str) -> int | None:
+        """Place of a group in `local_groups`; None if none or one of its ranks is here."""
+        names = [group[0] for group in self.local_groups()]
         return names.index(name) if name in names else None
+
+    def spanning(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """By name the groups with ranks on several nodes, divided by node. The first of a node's speaks for it."""
+        groups = {name: self.divided(members) for name, members, *_ in self.layout.groups()}
+        return {name: by_node for name, by_node in groups.items() if len(by_node) > 1}
+
+    def wired(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """Those of them that carry messages and hand vectors on; the others carry sums and rows of tensors."""
+        return {name: by_node for name, by_node in self.spanning().items() if name.split()[0] not in TENSOR_GROUPS}
 
 
 @dataclass(frozen=True)

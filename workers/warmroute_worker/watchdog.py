@@ -14,8 +14,10 @@ class Watchdog:
     """A rank raises its heartbeat in each step, while it waits for others and while it is idle. One that stands still
     for longer than the time-out is stopped, or computes something endless."""
 
-    def __init__(self, layout: Layout, timeout: float) -> None:
+    def __init__(self, layout: Layout, timeout: float, ranks: range | None = None) -> None:
+        """`ranks`: those that are watched; None: all."""
         self._layout, self._timeout = layout, timeout
+        self._ranks = range(layout.world_size) if ranks is None else ranks
         self._beats: list[int] = [-1] * layout.world_size
         self._since: list[float] = [0.0] * layout.world_size
 
@@ -27,7 +29,7 @@ class Watchdog:
     def observe(self, statuses: Sequence[Mapping[str, int]], now: float) -> str | None:
         """What to say of the ranks that hang, if any do. `statuses`: what each rank says of itself, by rank."""
         hanging = []
-        for rank, status in enumerate(statuses):
+        for rank, status in zip(self._ranks, statuses, strict=True):
             if status["heartbeat"] != self._beats[rank]:
                 self._beats[rank], self._since[rank] = status["heartbeat"], now
             elif now - self._since[rank] >= self._timeout:

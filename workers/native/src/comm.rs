@@ -72,6 +72,15 @@ impl PyRegion {
         Ok(numbers)
     }
 
+    fn status_words(&self, rank: usize) -> PyResult<Vec<u64>> {
+        Ok(self.0.status(self.checked(rank)?).words())
+    }
+
+    fn set_status_words(&self, rank: usize, words: Vec<u64>) -> PyResult<()> {
+        self.0.status(self.checked(rank)?).set_words(&words);
+        Ok(())
+    }
+
     fn get(&self, rank: usize, counter: &str) -> PyResult<u64> {
         Ok(self.0.status(self.checked(rank)?).get(named(counter)?))
     }

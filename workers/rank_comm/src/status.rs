@@ -79,11 +79,13 @@ pub enum Counter {
     MovedExperts,
     /// How evenly the rows of experts were spread over ranks when it was looked at last: mean over maximum, in millionths.
     BalancednessPpm,
+    /// Bytes that it sent to other nodes.
+    NodeBytes,
 }
 
 impl Counter {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Pid,
         Self::Heartbeat,
         Self::Steps,
@@ -102,6 +104,7 @@ impl Counter {
         Self::OverlapNs,
         Self::MovedExperts,
         Self::BalancednessPpm,
+        Self::NodeBytes,
     ];
 
     /// As metrics spell it.
@@ -126,6 +129,7 @@ impl Counter {
             Self::OverlapNs => "overlap_ns",
             Self::MovedExperts => "moved_experts",
             Self::BalancednessPpm => "balancedness_ppm",
+            Self::NodeBytes => "node_bytes",
         }
     }
 }
@@ -160,6 +164,19 @@ impl RankStatus<'_> {
     pub fn op(&self, op: Op) -> (u64, u64) {
         let at = FIRST_OP + 2 * op as usize;
         (self.0[at].load(Ordering::Relaxed), self.0[at + 1].load(Ordering::Relaxed))
+    }
+
+    /// All numbers, to be shown on another host.
+    #[must_use]
+    pub fn words(&self) -> Vec<u64> {
+        self.0.iter().map(|word| word.load(Ordering::Relaxed)).collect()
+    }
+
+    /// What `words` gave on the host where the rank is; only where its owner is not. What is missing or too much is left alone.
+    pub fn set_words(&self, words: &[u64]) {
+        for (word, &value) in self.0.iter().zip(words) {
+            word.store(value, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn count_op(&self, op: Op, bytes: u64) {

@@ -262,6 +262,22 @@ fn bytes_are_counted_where_they_are_written() {
 }
 
 #[test]
+fn what_a_rank_says_can_be_shown_in_another_region() {
+    let plans = plans(2, 2, 64);
+    let here = Region::open(&Region::memory_file(2, &plans).unwrap(), 2, &plans).unwrap();
+    let there = Region::open(&Region::memory_file(2, &plans).unwrap(), 2, &plans).unwrap();
+    there.status(1).set(Counter::Steps, 7);
+    there.status(1).add(Counter::NodeBytes, 9);
+    let words = there.status(1).words();
+    here.status(1).set_words(&words);
+    assert_eq!((here.status(1).get(Counter::Steps), here.status(1).get(Counter::NodeBytes)), (7, 9));
+    assert_eq!(here.status(0).get(Counter::Steps), 0);
+    // Another version may have other numbers: what is missing or too much is left alone.
+    here.status(0).set_words(&words[..1]);
+    here.status(0).set_words(&vec![1; words.len() + 1]);
+}
+
+#[test]
 fn who_waits_shows_that_it_lives() {
     on_ranks(&plans(2, 2, 64), 2, |rank, region, mut group| {
         if rank == 0 {

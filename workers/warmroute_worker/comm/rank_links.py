@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING
 
 from warmroute_worker._native import CollectiveError, Region
 from warmroute_worker.comm.tensor_group import Alone, SharedMemoryGroup
+from warmroute_worker.comm.wires import OtherNodes, SpanningGroup, Watch, Wire
+from warmroute_worker.topology import Nodes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from warmroute_worker._native import Group
     from warmroute_worker.comm.tensor_group import TensorGroup
     from warmroute_worker.topology import Layout, Place
 
-__all__ = ["CollectiveError", "RankLinks"]
+__all__ = ["CollectiveError", "OtherNodes", "RankLinks"]
 
 TWO_STAGES_FROM = 64 << 10
 """Larger vectors of more than two ranks are summed in two stages, unless SGLANG_USE_1STAGE_ALLREDUCE is 1: each rank
@@ -51,15 +55,27 @@ class RankLinks:
     """Use on one thread. Calls that wait raise CollectiveError when a rank is gone or does not come in time."""
 
     def __init__(
-        self, place: Place, region: Region | None, timeout: float, cores: int, torch_backend: str | None = None
+        self,
+        place: Place,
+        region: Region | None,
+        timeout: float,
+        cores: int,
+        torch_backend: str | None = None,
+        others: OtherNodes | None = None,
     ) -> None:
         """`region`: None for one rank without anybody who watches. `timeout`: seconds within which others must come.
 
-        `torch_backend`: gloo or nccl, to add up over torch.distributed instead of through shared memory.
+        `torch_backend`: gloo or nccl, to add up over torch.distributed instead of through shared memory. `others`: with
+        several nodes.
         """
-        self.place, self._region = place, region
+        self.place, self._region, self._others = place, region, others
         layout = place.layout
-        self._spin_us = SPIN_US if layout.world_size <= cores else 0
+        self._nodes = Nodes(layout) if others is None else others.nodes
+        on_host = None if others is None else others.links.ranks_on_host
+        self.ranks_on_host = layout.world_size if on_host is None else on_host
+        """How many ranks share the cores and the memory."""
+        self.local_rank = place.rank - self._nodes.local_ranks.start
+        self._spin_us = SPIN_US if self.ranks_on_host <= cores else 0
         self._timeout = timeout
         self.groups = Groups(Alone(), Alone(), Alone())
         self._all = self._plans = self._drivers = self._before = self._after = self._tokens = None
@@ -69,7 +85,12 @@ class RankLinks:
         self._all = self._open("all")
         self._plans = self._open(f"plans of dp {place.dp_rank}")
         self._drivers = self._open("drivers") if place.is_driver else None
-        self.groups = self._shared_memory_groups() if torch_backend is None else self._torch_groups(torch_backend)
+        if torch_backend is not None:
+            self.groups = self._torch_groups(torch_backend)
+        elif others is None:
+            self.groups = self._shared_memory_groups()
+        else:
+            self.groups = self._groups_of_nodes(others)
         if not place.is_first_stage:
             self._before = self._open(f"from rank {place.rank - layout.tp_size} to {place.rank}")
         if not place.is_last_stage:
@@ -77,9 +98,22 @@ class RankLinks:
         if place.is_driver or place.samples:
             self._tokens = self._open(f"tokens of dp {place.dp_rank}")
 
-    def _open(self, name: str) -> Group | None:
+    def _open(self, name: str) -> Group | SpanningGroup | None:
+        local = self._open_local(name)
+        if self._others is None or (by_node := self._nodes.wired().get(name)) is None:
+            return local
         assert self._region is not None
-        index = self.place.layout.group_index(name)
+        watch, own = Watch(self._region, self.place.rank), self._nodes.own
+        wires = {}
+        if by_node[own][0] == self.place.rank:
+            fds = self._others.links.wires[name]
+            wires = {node: Wire(fds[node], f"node {node}", watch) for node in by_node if node != own}
+        return SpanningGroup(by_node, own, local, wires, watch, self._timeout)
+
+    def _open_local(self, name: str) -> Group | None:
+        """Its ranks on this node."""
+        assert self._region is not None
+        index = self._nodes.local_group_index(name)
         if index is None:
             return None
         one_stage = os.environ.get("SGLANG_USE_1STAGE_ALLREDUCE") == "1"
@@ -88,13 +122,32 @@ class RankLinks:
         )
 
     def _shared_memory_groups(self) -> Groups:
-        place = self.place
-        layout = place.layout
-
         def group(name: str, rank: int, size: int) -> TensorGroup:
-            found = self._open(name)
+            found = self._open_local(name)
             return Alone() if found is None else SharedMemoryGroup(found, rank, size)
 
+        return self._divided(group)
+
+    def _groups_of_nodes(self, others: OtherNodes) -> Groups:
+        """Those on one node by shared memory, the others by it and over the network."""
+        from warmroute_worker.comm import node_groups
+
+        assert self._region is not None
+        watch = Watch(self._region, self.place.rank)
+        try:
+            node_groups.connect(self.place, others, self.exchange, self._timeout)
+            groups = node_groups.NodeGroups(self.place, others, self._open_local, watch, self._timeout)
+        except CollectiveError:
+            raise
+        except RuntimeError as error:
+            words = str(error).partition("\n")[0]
+            raise watch.lost(f"{self.place} found no way to other nodes over gloo: {words}") from error
+        return self._divided(groups.group)
+
+    def _divided(self, group: Callable[[str, int, int], TensorGroup]) -> Groups:
+        """`group`: what makes one, of a name, this rank's place in it, and its size."""
+        place = self.place
+        layout = place.layout
         stage = group(f"tp of {place.stage_name}", place.tp_rank, layout.tp_size)
         attention = stage
         if layout.dp_attention:
@@ -110,10 +163,8 @@ class RankLinks:
         layout, rank = self.place.layout, self.place.rank
         if layout.world_size == 1:
             return self.groups
-        store = torch_groups.serve(layout.world_size, self._timeout) if rank == 0 else None
-        port = int(self.exchange("" if store is None else str(store.port))[0])
-        store = store or torch_groups.join(port, layout.world_size, self._timeout)
-        torch_groups.connect(store, backend, rank, layout.world_size, self._timeout)
+        host = torch_groups.HOST if self._others is None else self._others.links.address
+        torch_groups.meet(host, backend, rank, layout.world_size, self._timeout, self.exchange)
         by_stage: dict[str, list[int]] = {}
         by_attention: dict[tuple[str, int], list[int]] = {}
         for place in layout.places():
@@ -137,7 +188,8 @@ class RankLinks:
         # Each writes its number where the others read it.
         if self.exchange(str(self.place.rank)) != [str(rank) for rank in range(ranks)]:
             raise CollectiveError(f"peer access is not supported between these two devices: rank {self.place.rank}")
-        return f"p2p check: {ranks} ranks reach each other's memory; a barrier takes {latency * 1e6:.0f} us"
+        what = "each other's memory" if self._others is None else f"each other on {self._nodes.count} nodes"
+        return f"p2p check: {ranks} ranks reach {what}; a barrier takes {latency * 1e6:.0f} us"
 
     def exchange(self, text: str) -> list[str]:
         """What every rank says, by rank; all must say something."""

@@ -88,9 +88,9 @@ class SharedMemoryGroup:
         host = x.contiguous() if x.device.type == "cpu" else x.cpu()
         if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             with torch.profiler.record_function("all_reduce"):
-                self.native.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
+                self.native.all_reduce(host.data_ptr(), host.nbytes, DTYPES[host.dtype])
         else:
-            self.native.all_reduce(host.data_ptr(), host.nbytes, _DTYPES[host.dtype])
+            self.native.all_reduce(host.data_ptr(), host.nbytes, DTYPES[host.dtype])
         return host if host.device == x.device else host.to(x.device)
 
     def sum_rows(self, x: torch.Tensor, wanted: Sequence[range]) -> torch.Tensor:
@@ -98,7 +98,7 @@ class SharedMemoryGroup:
         size = host[:1].nbytes if len(host) else 0
         with torch.profiler.record_function("reduce_scatter"):
             self.native.reduce_scatter(
-                host.data_ptr(), host.nbytes, (own.start * size, own.stop * size), _DTYPES[host.dtype]
+                host.data_ptr(), host.nbytes, (own.start * size, own.stop * size), DTYPES[host.dtype]
             )
         return host[own.start : own.stop].to(x.device)
 
@@ -154,4 +154,4 @@ def row_ranges(counts: Sequence[int]) -> list[range]:
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import socket
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,27 +14,33 @@ from warmroute_worker import topology
 from warmroute_worker.comm.tensor_group import row_ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from warmroute_worker.comm.tensor_group import TensorGroup
 
 HOST = "127.0.0.1"
 
 
-def serve(world_size: int, timeout: float) -> TCPStore:
-    """Where the ranks meet, on a free port."""
-    return TCPStore(HOST, 0, world_size, True, datetime.timedelta(seconds=timeout), wait_for_workers=False)
-
-
-def join(port: int, world_size: int, timeout: float) -> TCPStore:
-    """The same, from the other ranks."""
-    return TCPStore(HOST, port, world_size, False, datetime.timedelta(seconds=timeout), wait_for_workers=False)
-
-
-def connect(store: TCPStore, backend: str, rank: int, world_size: int, timeout: float) -> None:
-    """Join all ranks in one library; `group` is for what they do together."""
+def meet(
+    host: str, backend: str, rank: int, world_size: int, timeout: float, exchange: Callable[[str], list[str]]
+) -> None:
+    """Join all ranks in one library; `group` is for what they do together. Rank 0 opens a port on its `host` and tells
+    the others, by `exchange`, which one."""
     limit = datetime.timedelta(seconds=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+
+    def store(host: str, port: int, listen_fd: int | None) -> TCPStore:
+        return TCPStore(host, port, world_size, rank == 0, limit, wait_for_workers=False, master_listen_fd=listen_fd)
+
+    if rank == 0:
+        # On this address only, not on all that the host has.
+        with socket.create_server((host, 0)) as listener:
+            port: int = listener.getsockname()[1]
+            found = store(host, port, listener.detach())
+        exchange(f"{host} {port}")
+    else:
+        where, number = exchange("")[0].split()
+        found = store(where, int(number), None)
+    dist.init_process_group(backend, store=found, rank=rank, world_size=world_size, timeout=limit)
 
 
 def group(members: Sequence[Sequence[int]], rank: int, backend: str, timeout: float) -> TensorGroup:

@@ -113,7 +113,7 @@ class ModelRunner:
             self.pool, args.of_rank()[0], sizes.context_length, rounded, own_kernel=own_kernel
         )
         self._hidden = config.hidden_size
-        self._threads = args.threads or max(1, usable_cores() // place.layout.world_size)
+        self._threads = args.threads or max(1, usable_cores() // links.ranks_on_host)
         self._single_thread_tokens = single_thread_tokens(
             sizes.weight_bytes, sizes.weight_bytes // sizes.dtype.itemsize, PRODUCTS_PER_LAYER * layers
         )
@@ -227,7 +227,7 @@ def stage_of(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: 
 def measure(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: ExpertParallel) -> Sizes:
     """What this rank can hold. Raises StartupError."""
     place, layout = links.place, links.place.layout
-    device, context_length = _device(args.device, place.rank), _context_length(config, args)
+    device, context_length = _device(args.device, links.local_rank), _context_length(config, args)
     dtype = _dtype(args.dtype, config, device)
     if args.enable_deterministic_inference and not native.usable(dtype, device):
         raise ModelError("--enable-deterministic-inference is for float32 on CPU: add --device cpu --dtype float32")
@@ -237,7 +237,7 @@ def measure(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: E
     kv_shape = config.kv_shape(place.attention_tp_rank, layout.attention_tp_size)
     size_of_page = page_bytes(len(stage.layers), args.page_size, kv_shape, dtype)
     num_pages = memory.pool_pages(
-        available=memory.available_bytes(device) // memory.sharers(device, layout.world_size),
+        available=memory.available_bytes(device) // memory.sharers(device, links.ranks_on_host),
         weight_bytes=source.num_bytes,
         page_bytes=size_of_page,
         page_size=args.page_size,

@@ -56,7 +56,14 @@ class Rank:
         parallel = model_runner.expert_parallel(args, links)
         sizes = model_runner.measure(config, args, links, parallel)
         # The least of all, so that a page number means the same everywhere.
-        pages = [int(text) for text in links.exchange(str(sizes.num_pages))]
+        said = [
+            text.split(maxsplit=1) for text in links.exchange(f"{sizes.num_pages} {sizes.dtype} on {sizes.device.type}")
+        ]
+        pages = [int(number) for number, _ in said]
+        # `auto` may mean something else on another host.
+        if len({kind for _, kind in said}) > 1:
+            found = ", ".join(f"rank {rank}: {kind.removeprefix('torch.')}" for rank, (_, kind) in enumerate(said))
+            raise StartupError(f"all ranks need the same --device and --dtype; found {found}")
         sizes = dataclasses.replace(sizes, num_pages=min(pages))
         self.runner = model_runner.ModelRunner(folder, config, args, links, parallel, sizes)
         pool_bytes = sizes.num_pages * sizes.page_bytes

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import os
 import tempfile
 import time
@@ -21,6 +20,7 @@ from warmroute_worker.http.errors import ApiError, ErrorCode, invalid
 from warmroute_worker.http.service import SERVICE
 from warmroute_worker.http.sse import json_bytes
 from warmroute_worker.metrics import cache_hit_rate
+from warmroute_worker.version import version
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -60,7 +60,7 @@ async def server_info(request: web.Request) -> web.Response:
     info = {
         **dataclasses.asdict(service.args),
         "tokenizer_path": service.args.model_path,
-        "version": _version(),
+        "version": version(),
         "ep_size": effective["ep_size"],
         "load_balance_method": effective["load_balance_method"],
         "disaggregation_mode": "null",
@@ -217,13 +217,6 @@ def _load(client: EngineClient, facts: messages.Ready, metrics: RankMetrics, now
         "utilization": running / facts.max_running_requests,
         "max_running_requests": facts.max_running_requests,
     }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("warmroute-worker")
-    except importlib.metadata.PackageNotFoundError:  # run from the source tree
-        return "unknown"
 
 
 def _json(value: object) -> web.Response:

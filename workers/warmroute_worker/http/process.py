@@ -75,7 +75,7 @@ def load_service(args: WorkerArgs, ranks_fd: int) -> Service:
     metrics = Metrics(args.served_model_name, args.layout)
     engine = DataParallelController(metrics, args.dp_size, args.effective()["load_balance_method"])
     metrics.follow(lambda: [client.current_load() for client in engine.clients], time.monotonic)
-    ranks = RankStatuses(args.layout, Region(ranks_fd, args.layout.world_size, args.layout.groups()))
+    ranks = RankStatuses(args.nodes, Region(ranks_fd, args.layout.world_size, args.nodes.local_groups()))
     metrics.follow_ranks(ranks)
     return Service(
         args=args,
@@ -109,7 +109,9 @@ async def serve(
         await runner.cleanup()
         return 1
     for client, sock in zip(engine.clients, engine_sockets, strict=True):
-        await loop.create_unix_connection(functools.partial(_itself, client), sock=sock)
+        # A driver on another node is reached over TCP, one here over a socket pair.
+        connect = loop.create_unix_connection if sock.family == socket.AF_UNIX else loop.create_connection
+        await connect(functools.partial(_itself, client), sock=sock)
     watching = asyncio.create_task(_watch(engine, status))
     draining = asyncio.create_task(_drain(service, drain))
     try:
