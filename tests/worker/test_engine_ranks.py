@@ -51,7 +51,7 @@ LAYOUTS = {"tp 2": (2, 1), "tp 4": (4, 1), "pp 2": (1, 2), "tp 2, pp 2": (2, 2)}
 def ranks(
     folder: Path, tp: int = 1, pp: int = 1, prepare: Callable[[], None] | None = None, **changes: Any
 ) -> AbstractContextManager[tuple[Engine, Region]]:
-    settings: dict[str, Any] = {"device": "cpu", "threads": 1, "max_total_tokens": 4096, "watchdog_timeout": 30.0}
+    settings: dict[str, Any] = {"device": "cpu", "threads": 1, "max_total_tokens": 4096, "watchdog_timeout": 60.0}
     args = WorkerArgs(str(folder), "tiny", tp_size=tp, pp_size=pp, **(settings | changes))
     return offline.ranks(args, prepare)
 
