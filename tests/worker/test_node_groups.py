@@ -198,7 +198,15 @@ def test_columns_stand_side_by_side_for_who_wants_them(sizes: tuple[int, ...]) -
         own = whole[:, shares[rank].start : shares[rank].stop]
         return group.join_columns(own, total, wanted[rank])
 
-    results, _ = on_all_ranks(sizes, work)
+    results, between = on_all_ranks(sizes, work)
+    # To each node the rows that its ranks want, without the columns that it has.
+    expected = 0
+    for members in row_ranges(sizes):
+        rows_here = [rows for rank in members if (rows := wanted[rank]) is not None]
+        own = sum(len(shares[rank]) for rank in members)
+        if rows_here:
+            expected += (rows_here[-1].stop - rows_here[0].start) * (total - own)
+    assert between.crossing == expected
     for rank, result in enumerate(results):
         rows = wanted[rank]
         if rows is None:

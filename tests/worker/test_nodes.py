@@ -263,9 +263,22 @@ def test_a_stranger_keeps_nobody_waiting_and_a_second_node_1_is_refused() -> Non
 # Nodes that are lost.
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_launcher_ends_the_other(victim: int) -> None:
-    with nodes(2, "--model-path", "demo", "--tp", "2") as running:
+EXPERTS = ["--tp", "4", "--dp", "2", "--ep", "4", "--enable-dp-attention", "--moe-a2a-backend", "deepep"]
+
+
+@pytest.mark.parametrize(
+    ("victim", "layout"),
+    [
+        (0, ["demo", "--tp", "2"]),
+        (1, ["demo", "--tp", "2"]),
+        pytest.param(0, ["demo-moe", *EXPERTS], marks=pytest.mark.slow),
+        pytest.param(1, ["demo-moe", *EXPERTS], marks=pytest.mark.slow),
+        pytest.param(1, ["demo", "--pp-size", "2"], marks=pytest.mark.slow),
+    ],
+    ids=["tp 2, node 0", "tp 2, node 1", "experts, node 0", "experts, node 1", "pp 2, node 1"],
+)
+def test_a_killed_launcher_ends_the_other(victim: int, layout: list[str]) -> None:
+    with nodes(2, "--model-path", *layout) as running:
         url = running.url
         everybody = running.processes(0) | running.processes(1)
         stream = Answer(url) if victim else None

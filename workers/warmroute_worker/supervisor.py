@@ -65,6 +65,8 @@ def run(args: WorkerArgs) -> int:
     except (LookupError, StartupError) as error:
         raise StartError(str(error)) from error
     listener = _listen(args) if args.node_rank == 0 else None
+    if args.nnodes > 1:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it waits for others there is nothing to end but itself
     meeting = nodes.meet(args, folder) if args.nnodes > 1 else None
     return _Supervisor(args, listener, meeting).run()
 

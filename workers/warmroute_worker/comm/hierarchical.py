@@ -108,17 +108,25 @@ class HierarchicalGroup:
         return torch.cat([mine[:before], arrived, mine[before:]]).to(x.device)
 
     def join_columns(self, x: torch.Tensor, total: int, wanted: range | None) -> torch.Tensor | None:
-        host = x.contiguous().cpu()
+        host, own = x.contiguous().cpu(), range(0) if wanted is None else wanted
         widths = [len(topology.share(total, rank, self.size)) for rank in range(self.size)]
+        span = self._wanted_here(own)
         flat = self._collect_here(host.view(-1), [len(x) * widths[rank] for rank in self._here])
-        joined = torch.empty(0, dtype=host.dtype)
+        joined = torch.empty((0, total), dtype=host.dtype)
+        like = joined
         if self._between is not None:
-            counts = [len(x) * sum(widths[rank] for rank in members) for members in self._members]
-            everything = torch.cat(self._between.gather(flat, counts))
-            parts = torch.split(everything, [len(x) * width for width in widths])
-            joined = torch.cat([part.view(len(x), width) for part, width in zip(parts, widths, strict=True)], dim=1)
-        like = torch.empty((0, total), dtype=host.dtype)
-        mine = self._hand_out(joined, len(x), range(0) if wanted is None else wanted, like)
+            # Who wants what is asked first: it is little, and logits are much.
+            asked = torch.tensor([[span.start, span.stop]])
+            spans = [range(*rows[0].tolist()) for rows in self._between.gather(asked, [1] * len(self._members))]
+            parts = torch.split(flat, [len(x) * widths[rank] for rank in self._here])
+            columns = side_by_side(parts, [widths[rank] for rank in self._here])
+            of_nodes = [sum(widths[rank] for rank in members) for members in self._members]
+            found = self._between.exchange(
+                [columns[rows.start : rows.stop].reshape(-1) for rows in spans], [len(span) * n for n in of_nodes]
+            )
+            joined = side_by_side(found, of_nodes)
+        inside = range(own.start - span.start, own.stop - span.start) if len(own) else range(0)
+        mine = self._hand_out(joined, len(span), inside, like)
         return None if wanted is None else mine.to(x.device)
 
     # Inside the node.
@@ -128,6 +136,14 @@ class HierarchicalGroup:
         if self._local is not None:
             wanted = (0, host.nbytes if self._index == 0 else 0)
             self._local.reduce_scatter(host.data_ptr(), host.nbytes, wanted, DTYPES[host.dtype])
+
+    def _wanted_here(self, own: range) -> range:
+        """The least run in which all rows lie that ranks of this node want."""
+        if self._local is None:
+            return own
+        asked, everybody = torch.tensor([own.start, own.stop]), torch.empty((len(self._here), 2), dtype=torch.int64)
+        self._local.gather(asked.data_ptr(), [asked.nbytes] * len(self._here), self._index, None, everybody.data_ptr())
+        return _span([range(*rows) for rows in everybody.tolist()])
 
     def _hand_out(self, x: torch.Tensor, rows: int, own: range, like: torch.Tensor) -> torch.Tensor:
         """To each rank its `own` ones of the `rows` that the first has; elsewhere `x` may be anything."""
@@ -206,6 +222,11 @@ class HierarchicalGroup:
             for (a, b), piece in zip(pairs, torch.split(part, [counts[a][b] for a, b in pairs]), strict=True):
                 pieces[b, a] = piece
         return torch.cat([pieces[key] for key in sorted(pieces)])
+
+
+def side_by_side(parts: Sequence[torch.Tensor], widths: Sequence[int]) -> torch.Tensor:
+    """[rows * width] each -> [rows, sum of the widths]"""
+    return torch.cat([part.view(-1, width) for part, width in zip(parts, widths, strict=True)], dim=1)
 
 
 def _span(parts: Sequence[range]) -> range:
