@@ -306,6 +306,14 @@ def test_what_cannot_be_divided_is_refused(flags: list[str], words: str, capsys:
     assert said.count("\n") == 1
 
 
+def test_a_dense_model_is_allowed_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    for model, warned in (("demo", True), ("demo-moe", False)):
+        with pytest.raises(SystemExit) as done:
+            parse(["--model-path", model, "--tp", "2", "--dp", "2", "--enable-dp-attention", "--dry-run"])
+        assert done.value.code == 0
+        assert ("a model without experts is allowed" in capsys.readouterr().out) is warned
+
+
 def test_what_has_no_effect_is_said() -> None:
     args = parse(["--model-path", "demo", "--tp", "2", "--enable-dp-attention"])
     assert args.effective()["enable_dp_attention"] is False

@@ -29,7 +29,9 @@ def describe(args: WorkerArgs) -> list[str]:
     lines.append("ranks:")
     lines += rank_map(args.nodes)
     try:
-        model_config.check_layout(model_config.read(model_folder.resolve(args.model_path)), layout)
+        config = model_config.read(model_folder.resolve(args.model_path))
+        model_config.check_layout(config, layout)
+        lines[1:1] = model_config.remarks(config, layout)
     except (LookupError, StartupError) as error:
         lines.append(f"this would not start: {error}")
     return lines

@@ -221,6 +221,16 @@ def check_layout(config: ModelConfig, layout: Layout) -> None:
         raise ModelError(f"--pp-size {layout.pp_size} is more than the model's {config.num_layers} layers")
 
 
+def remarks(config: ModelConfig, layout: Layout) -> list[str]:
+    """Lines for the operator about a model that is divided like that."""
+    if layout.dp_attention and config.moe is None:
+        return [
+            "DP attention for a model without experts is allowed, and rarely worth it: replicas behind the router "
+            "(`launch_server --dp-size`) do not wait for each other"
+        ]
+    return []
+
+
 def _parse(raw: dict[str, Any], architectures: tuple[str, ...], eos_token_ids: tuple[int, ...]) -> ModelConfig:
     hidden_size = _size(raw, "hidden_size")
     family = next(name for name in architectures if name in SUPPORTED_ARCHITECTURES).removesuffix("ForCausalLM")

@@ -61,14 +61,17 @@ def run(args: WorkerArgs) -> int:
     try:
         # Also what the driver would find out itself, seconds later: it has to import torch first.
         folder = model_folder.resolve(args.model_path)
-        model_config.check_layout(model_config.read(folder), args.layout)
+        config = model_config.read(folder)
+        model_config.check_layout(config, args.layout)
     except (LookupError, StartupError) as error:
         raise StartError(str(error)) from error
     listener = _listen(args) if args.node_rank == 0 else None
     if args.nnodes > 1:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while it waits for others there is nothing to end but itself
     meeting = nodes.meet(args, folder) if args.nnodes > 1 else None
-    return _Supervisor(args, listener, meeting).run()
+    supervisor = _Supervisor(args, listener, meeting)
+    supervisor.remark([*args.remarks(), *model_config.remarks(config, args.layout)])
+    return supervisor.run()
 
 
 def _listen(args: WorkerArgs) -> socket.socket:
@@ -111,10 +114,13 @@ class _Supervisor:
         self._network = environment_of(meeting.hosts[args.node_rank]) if meeting is not None else {}
         self._processes = self._start(listener, meeting)
 
-    def run(self) -> int:
+    def remark(self, lines: list[str]) -> None:
+        """What the operator should know before anything runs."""
         if self._args.log_level in ("debug", "info"):
-            for line in self._args.remarks():
+            for line in lines:
                 self._say(line)
+
+    def run(self) -> int:
         while (code := self._lifecycle.exit_code) is None:
             deadline = self._lifecycle.deadline
             timeout = self._watchdog.interval if self._peers is None else min(LOOK_SECONDS, self._watchdog.interval)
