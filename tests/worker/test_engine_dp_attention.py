@@ -223,6 +223,20 @@ def test_a_stopped_rank_stalls_all_others(deepseek: Reference) -> None:
         worker.until(worker.finished(["runs"]))
 
 
+@pytest.mark.parametrize("pp", [1, 2])
+def test_when_nobody_has_anything_all_sleep(deepseek: Reference, pp: int) -> None:
+    """And who gets work wakes the others, again and again."""
+    with drivers(deepseek.folder, **layout(2, 2, 2, pp=pp)) as worker:
+        for n in range(4):
+            prompt = deepseek.prompts[n]
+            asked = [(n % 2, Generate(f"{n}", prompt, 8, ignore_eos=True, sampling=GREEDY))]
+            assert worker.answers(asked) == [deepseek.answers[n][:8]]
+            time.sleep(0.5)  # the last round
+            before = [rank["gather_calls"] for rank in worker.statuses()]
+            time.sleep(0.5)
+            assert [rank["gather_calls"] for rank in worker.statuses()] == before
+
+
 def test_bytes_between_ranks(deepseek: Reference) -> None:
     """Per layer everybody's rows once to the MLP and once back, and the vectors of those that get a token."""
     with drivers(deepseek.folder, **layout(2, 2, 2)) as worker:

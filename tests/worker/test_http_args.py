@@ -43,7 +43,6 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         pp_size=2,
         watchdog_timeout=2.5,
         disable_custom_all_reduce=True,
-        enable_deterministic_inference=True,
         enable_priority_scheduling=True,
         enable_p2p_check=True,
         attention_backend="triton",
@@ -74,6 +73,9 @@ def test_defaults_and_every_field_has_a_flag() -> None:
     )
     argv: list[str] = []
     for field in dataclasses.fields(WorkerArgs):
+        if field.name == "enable_deterministic_inference":  # not together with what moves experts
+            assert parse(["--model-path", "m", "--enable-deterministic-inference"]).enable_deterministic_inference
+            continue
         assert getattr(other, field.name) != field.default, f"{field.name} is not varied here"
         value = getattr(other, field.name)
         argv += ["--" + field.name.replace("_", "-"), *([] if value is True else [str(value)])]
@@ -99,6 +101,10 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         (["--model-path", "m", "--device", "tpu"], "--device"),
         (["--model-path", "m", "--attention-backend", "mine"], "--attention-backend"),
         (["--model-path", "m", "--no-such-flag"], "--no-such-flag"),
+        (
+            ["--model-path", "m", "--tp", "2", "--ep", "2", "--enable-eplb", "--enable-deterministic-inference"],
+            "--enable-deterministic-inference wants experts that stay where they are",
+        ),
         (["--model-path", "m", "--kv-events-config", "{"], "--kv-events-config is not JSON"),
         (["--model-path", "m", "--kv-events-config", "[]"], "--kv-events-config must be a JSON object"),
         (["--model-path", "m", "--kv-events-config", '{"port": 1}'], "--kv-events-config: port is not known"),

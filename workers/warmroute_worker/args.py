@@ -137,22 +137,9 @@ class WorkerArgs:
         _check(bool(self.model_path), "--model-path must not be empty")
         _check(bool(self.served_model_name), "--served-model-name must not be empty")
         _check(0 <= self.port <= 65535, f"--port must be between 0 and 65535, got {self.port}")
-        _check(self.device in DEVICES, f"--device must be one of {', '.join(DEVICES)}, got {self.device!r}")
-        _check(self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        _check(
-            self.load_format in LOAD_FORMATS,
-            f"--load-format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}",
-        )
-        _check(
-            self.schedule_policy in SCHEDULE_POLICIES,
-            f"--schedule-policy must be one of {', '.join(SCHEDULE_POLICIES)}, got {self.schedule_policy!r}",
-        )
         _check(
             0 < self.schedule_conservativeness < 100,
             f"--schedule-conservativeness must be between 0 and 100, got {self.schedule_conservativeness}",
-        )
-        _check(
-            self.log_level in LOG_LEVELS, f"--log-level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
         )
         _check_kv_events(self.kv_events_config)
         _check(self.watchdog_timeout > 0, f"--watchdog-timeout must be above 0, got {self.watchdog_timeout}")
@@ -222,6 +209,12 @@ class WorkerArgs:
             "--enable-two-batch-overlap wants --moe-a2a-backend other than none: without rows on their way there is "
             "nothing to overlap",
         )
+        _check(
+            not self.enable_deterministic_inference
+            or not (self.enable_eplb or self.ep_num_redundant_experts or self.moe_runner_backend in GROUPED_RUNNERS),
+            "--enable-deterministic-inference wants experts that stay where they are and are computed one by one: "
+            "leave out --enable-eplb, --ep-num-redundant-experts and --moe-runner-backend",
+        )
         for flag in ("eplb_min_rebalancing_utilization_threshold", "tbo_token_distribution_threshold"):
             _check(0 <= getattr(self, flag) <= 1, f"{_dashed(flag)} must be between 0 and 1, got {getattr(self, flag)}")
         _check(self.dist_timeout > 0, f"--dist-timeout must be above 0, got {self.dist_timeout}")
@@ -247,6 +240,16 @@ class WorkerArgs:
         )
         return host, int(port)
 
+    @property
+    def sends_rows(self) -> bool:
+        """Rows travel to the ranks of their experts."""
+        return self.moe_a2a_backend != "none" and self.layout.ep_size > 1
+
+    @property
+    def cuts_steps(self) -> bool:
+        """Steps are computed in two halves."""
+        return self.enable_two_batch_overlap and self.sends_rows
+
     def of_rank(self) -> tuple[int, int, float]:
         """Of each data-parallel rank: requests in a batch, prompt tokens in a step, conservativeness."""
         dp = self.dp_size if self.layout.dp_attention else 1
@@ -262,14 +265,14 @@ class WorkerArgs:
     def effective(self) -> dict[str, Any]:
         """What becomes of the flags of parallelism, by name: as `/server_info` tells it."""
         layout = self.layout
-        sends = self.moe_a2a_backend != "none" and layout.ep_size > 1
         running, chunk, conservativeness = self.of_rank()
         return {
             "enable_dp_attention": layout.dp_attention,
             "enable_dp_lm_head": layout.dp_attention and self.enable_dp_lm_head,
             "dp_size": layout.dp_size,
             "ep_size": layout.ep_size,
-            "moe_a2a_backend": "built-in all-to-all" if sends else "none",
+            "moe_a2a_backend": "built-in all-to-all" if self.sends_rows else "none",
+            "enable_two_batch_overlap": self.cuts_steps,
             "moe_runner_backend": "grouped_mm" if self.moe_runner_backend in GROUPED_RUNNERS else "loop",
             "load_balance_method": "round_robin" if self.load_balance_method == "auto" else self.load_balance_method,
             "max_running_requests_per_dp_rank": running,
@@ -288,6 +291,8 @@ class WorkerArgs:
             lines.append(f"--moe-a2a-backend {self.moe_a2a_backend}: --ep-size is {layout.ep_size}, as --tp-size")
         if self.moe_a2a_backend != "none":
             lines.append(f"--moe-a2a-backend {self.moe_a2a_backend}: the built-in all-to-all is used")
+        if self.enable_two_batch_overlap and not self.cuts_steps:
+            lines.append("--enable-two-batch-overlap has no effect with --tp-size 1: there is nobody to send rows to")
         if self.deepep_mode != "auto":
             lines.append(f"--deepep-mode {self.deepep_mode}: the built-in all-to-all has one mode for all steps")
         if self.enable_single_batch_overlap:
@@ -333,6 +338,11 @@ _AT_LEAST_ONE = (
 )
 
 _CHOICES = {
+    "device": DEVICES,
+    "dtype": DTYPES,
+    "load_format": LOAD_FORMATS,
+    "schedule_policy": SCHEDULE_POLICIES,
+    "log_level": LOG_LEVELS,
     "load_balance_method": LOAD_BALANCE_METHODS,
     "moe_a2a_backend": A2A_BACKENDS,
     "moe_runner_backend": RUNNERS,

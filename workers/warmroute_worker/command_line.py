@@ -92,7 +92,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--model-path",
         "--model",
         required=True,
-        help="a folder in Hugging Face layout, or `demo` for the embedded demo model",
+        help="a folder in Hugging Face layout, or an embedded model: `demo`, or `demo-moe`, which has experts",
     )
     parser.add_argument("--served-model-name", default=None, help="name at /v1/models; None: the model path")
     for flag, kind, text in (

@@ -56,7 +56,7 @@ class Engine:
         )
         self._depth, self._under_way = facts.depth, 0
         self.lock_step = LockStep(executor) if args.layout.dp_attention else None
-        self._cut_from = args.tbo_token_distribution_threshold if args.enable_two_batch_overlap else None
+        self._cut_from = args.tbo_token_distribution_threshold if args.cuts_steps else None
         self._failures = 0
         """Steps in a row that ran out of memory."""
         self.is_paused = False
@@ -96,7 +96,8 @@ class Engine:
                 plan = dataclasses.replace(plan, first_half=two_batches.first_half(plan, self._cut_from))
             if self.lock_step is not None:
                 plan = self.lock_step.joined(plan, self._under_way)
-            if plan.is_idle and self._under_way:
+            idle = plan.is_idle
+            if idle and self._under_way:
                 self.scheduler.withdraw()
                 break
             try:
@@ -105,6 +106,9 @@ class Engine:
                 return self._step_failed(error)
             self._under_way += 1
             self._failures = 0
+            if idle:
+                # Another round would find the same, and keep those awake who go in step.
+                break
         return self._collect()
 
     @property

@@ -12,29 +12,43 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+LITTLE = 0.02
+"""Of a rank's even share."""
+
+
 def balancedness(rows: Sequence[float]) -> float:
     """Mean over maximum of what ranks have to do: 1 if all have as much; of nothing, 1."""
     most = max(rows)
     return sum(rows) / len(rows) / most if most else 1.0
 
 
+def expected(loads: Sequence[float], slots: Sequence[range], placed: Sequence[int]) -> float:
+    """The balancedness of `loads` with experts placed like that, if copies get equal shares."""
+    copies = [placed.count(expert) for expert in range(len(loads))]
+    return balancedness([sum(loads[placed[slot]] / copies[placed[slot]] for slot in own) for own in slots])
+
+
 def place(loads: Sequence[float], slots: Sequence[range], now: Sequence[int]) -> list[int]:
     """The expert of each slot.
 
-    `loads`: rows of each expert. `slots`: of each rank. `now`: the expert of each slot; who stays on its rank stays in
-    its slot, so that nothing is moved without reason.
+    `loads`: rows of each expert. `slots`: of each rank. `now`: the expert of each slot; where it makes little
+    difference an expert stays on its rank, and there in its slot.
     """
     copies = _copies(loads, sum(map(len, slots)), len(slots))
     share = [load / number for load, number in zip(loads, copies, strict=True)]
     of_rank: list[list[int]] = [[] for _ in slots]
     busy = [0.0] * len(slots)
+    little = LITTLE * sum(loads) / len(slots)
     pieces = sorted((expert for expert, number in enumerate(copies) for _ in range(number)), key=lambda e: -share[e])
     for expert in pieces:
         free = [rank for rank, own in enumerate(slots) if len(of_rank[rank]) < len(own)]
 
+        least = min(busy[rank] for rank in free)
+
         # Two copies on one rank would be worth one; and where it is already, it need not be sent.
-        def order(rank: int, expert: int = expert) -> tuple[bool, float, bool]:
-            return expert in of_rank[rank], busy[rank], expert not in [now[slot] for slot in slots[rank]]
+        def order(rank: int, expert: int = expert, least: float = least) -> tuple[bool, bool, float]:
+            is_here = expert in [now[slot] for slot in slots[rank]] and busy[rank] <= least + little
+            return expert in of_rank[rank], not is_here, busy[rank]
 
         chosen = min(free, key=order)
         of_rank[chosen].append(expert)

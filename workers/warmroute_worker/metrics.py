@@ -205,7 +205,7 @@ class _RankCollector:
     _GAUGES = (("weight_bytes", "Bytes of weights"), ("pool_bytes", "Bytes of the KV pool"))
     _COUNTERS = (
         ("steps", "steps", 1, "Steps computed"),
-        ("busy_ns", "busy_seconds", 1e-9, "Seconds computing"),
+        ("busy_ns", "busy_seconds", 1e-9, "Seconds computing, collectives in the background taken off"),
         ("comm_ns", "comm_seconds", 1e-9, "Seconds in collectives, waiting for others included"),
         ("slot_bytes", "comm_written_bytes", 1, "Bytes written for others to read"),
         ("idle_steps", "idle_steps", 1, "Steps in which the rank only kept in step with others"),
@@ -254,13 +254,18 @@ class _RankCollector:
 
 
 def bubble_ratio(ranks: list[dict[str, Any]]) -> float | None:
-    """1 - computing / (stages x time with something to compute), since the start; None with one stage or no work."""
-    stages = [rank for rank in ranks if rank["tp_rank"] == 0]
-    active: int = ranks[0]["active_ns"]
-    if len(stages) < 2 or not active:
+    """1 - computing / (stages x time with something to compute), since the start, over all replicas; None with one
+    stage or no work."""
+    replicas: dict[int, list[dict[str, Any]]] = {}
+    for rank in ranks:
+        if rank["tp_rank"] == 0:
+            replicas.setdefault(rank.get("dp_rank", 0), []).append(rank)
+    stages = len(next(iter(replicas.values())))
+    active: int = sum(of_replica[0]["active_ns"] for of_replica in replicas.values())
+    if stages < 2 or not active:
         return None
-    busy: int = sum(rank["busy_ns"] for rank in stages)
-    return max(0.0, 1 - busy / (len(stages) * active))
+    busy: int = sum(rank["busy_ns"] for of_replica in replicas.values() for rank in of_replica)
+    return max(0.0, 1 - busy / (stages * active))
 
 
 def cache_hit_rate(load: Load) -> float:

@@ -58,7 +58,10 @@ class Line:
             is_open = False
         *lines, rest = self._incoming.split(b"\n")
         self._incoming = bytearray(rest)
-        messages, self._kept = [*self._kept, *map(json.loads, lines)], []
+        try:
+            messages, self._kept = [*self._kept, *map(json.loads, lines)], []
+        except RecursionError as error:
+            raise ValueError("the other end sends something else") from error
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("the other end sends something else")
         # Its last words are heard before its end is.

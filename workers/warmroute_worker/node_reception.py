@@ -93,6 +93,6 @@ def _first_line(sock: socket.socket) -> bytes | None:
 def _parsed(line: bytes | None) -> dict[str, Any] | None:
     try:
         message = json.loads(line or b"")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None

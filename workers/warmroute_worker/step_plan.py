@@ -135,7 +135,7 @@ class StepPlan:
         """The two halves. They have the tokens; what is drawn at the end stays with the whole."""
         ends = np.cumsum(self.lengths)
         begins = ends - self.lengths
-        parts = []
+        parts: list[StepPlan] = []
         for low, high in ((0, self.first_half), (self.first_half, len(self.token_ids))):
             inside = (ends > low) & (begins < high)
             first = np.maximum(begins[inside], low)
@@ -148,7 +148,7 @@ class StepPlan:
                     lengths=lengths.astype(np.int32),
                     token_ids=self.token_ids[low:high],
                     sampled=np.zeros(int(inside.sum()), np.bool_),
-                    page_updates=self.page_updates if low == 0 else self.page_updates[:0],
+                    page_updates=self.page_updates[: 0 if parts else None],
                 )
             )
         return parts[0], parts[1]

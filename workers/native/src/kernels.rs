@@ -12,7 +12,7 @@ use crate::comm::{PyGroup, raised};
 use crate::memory::{numbers, numbers_mut};
 
 // SAFETY, of all functions here: the caller's tensors are float32 (or int64), contiguous where their size says so, live during the call,
-// and are not used by anybody else, since the GIL is kept or, where it is not, the engine has one thread.
+// and are not used by anybody else: the engine computes on one thread, and the one for collectives in the background has tensors of its own.
 
 /// x += delta (0: nothing); out = norm of x.
 #[pyfunction]

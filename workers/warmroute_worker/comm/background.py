@@ -61,8 +61,8 @@ class Background:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Pending[object]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.log: list[Pending[object]] | None = None
-        """What was submitted, while somebody wants to know."""
+        self.log: list[tuple[str, int, int]] | None = None
+        """Name, beginning and nanoseconds of what was done, while somebody wants to know."""
 
     def submit(self, work: Callable[[], T], name: str) -> Pending[T]:
         if self._thread is None:
@@ -72,10 +72,14 @@ class Background:
         pending = Pending(work, name)
         anything: Any = pending
         self._queue.put(anything)
-        if self.log is not None:
-            self.log.append(anything)
         return pending
 
     def _run(self) -> None:
         while True:
-            self._queue.get().do()
+            pending = self._queue.get()
+            pending.do()
+            log = self.log
+            if log is not None:
+                log.append((pending.name, pending.began_at, pending.ended_ns - pending.began_ns))
+            # Whoever waits for it has it; until the next one comes nobody else must.
+            del pending

@@ -52,7 +52,10 @@ class Groups:
 
 
 class RankLinks:
-    """Use on one thread. Calls that wait raise CollectiveError when a rank is gone or does not come in time."""
+    """Use on one thread, but for `groups.experts`, which is for the one with the collectives in the background.
+
+    Calls that wait raise CollectiveError when a rank is gone or does not come in time.
+    """
 
     def __init__(
         self,

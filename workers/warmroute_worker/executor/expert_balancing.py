@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from warmroute_worker.layers.moe import MixtureOfExperts
 
 
+WORTH_MOVING = 0.02
+"""By how much a layer's balancedness must be better afterwards: loads change a little from look to look."""
+
+
 class ExpertBalancer:
     """Of one rank's stage."""
 
@@ -32,8 +36,9 @@ class ExpertBalancer:
         """Whose weights this rank took over, so far."""
         self.balancedness = 1.0
         """Mean over layers, of the rows that experts computed between the last two looks."""
-        for layer in layers:
-            layer.count_routed()
+        self._routed = [layer.new_counter() for layer in layers]
+        for layer, counter in zip(layers, self._routed, strict=True):
+            layer.counters.append(counter)
 
     def counts(self) -> dict[str, int]:
         """For `/debug/ranks`."""
@@ -55,18 +60,23 @@ class ExpertBalancer:
         layers, size = self._layers, self._stage.size
         rows = [layer.computed_rows - seen for layer, seen in zip(layers, self._seen, strict=True)]
         self._seen = [layer.computed_rows for layer in layers]
-        by_rank = self._stage.gather_rows(torch.tensor([rows]), [1] * size).tolist()
+        device = self._routed[0].device
+        by_rank = self._stage.gather_rows(torch.tensor([rows], device=device), [1] * size).tolist()
         shares = [expert_plan.balancedness(of_layer) for of_layer in zip(*by_rank, strict=True)]
         self.balancedness = sum(shares) / len(shares)
-        routed = torch.stack([layer.take_routed() for layer in layers]).float()
+        routed = torch.stack(self._routed).float()
+        for counter in self._routed:
+            counter.zero_()
         # With rows that are sent a rank counts its own ones only.
         routed = self._stage.sum(routed) if layers[0].sends else routed
         if self.balancedness >= self._enough:
             return
         for layer, loads in zip(layers, routed.tolist(), strict=True):
             slots = [layer.map.layout.slots(layer.map.num_experts, rank) for rank in range(layer.map.layout.ep_size)]
-            placed = expert_plan.place(loads, slots, layer.map.expert_of)
-            if placed != layer.map.expert_of:
+            now = layer.map.expert_of
+            placed = expert_plan.place(loads, slots, now)
+            gain = expert_plan.expected(loads, slots, placed) - expert_plan.expected(loads, slots, now)
+            if gain >= WORTH_MOVING:
                 self._to_place.append((layer, placed))
 
     def _move(self, layer: MixtureOfExperts, placed: list[int]) -> None:

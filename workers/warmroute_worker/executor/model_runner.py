@@ -94,11 +94,14 @@ class ModelRunner:
         with torch.inference_mode():
             self.model = _load(folder, config, args, sizes, self.stage)
             self.pool = KvPool(layers, sizes.num_pages, args.page_size, kv_shape, sizes.dtype, sizes.device)
+        self._has_experts = config.moe is not None
+        self._recorders: list[torch.Tensor] | None = None
+        """Of each layer with experts, if somebody counts."""
         self._moe = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
         balances = args.enable_eplb and bool(self._moe)
         self._balancer = ExpertBalancer(self._moe, links.groups.stage, args) if balances else None
         for layer in self._moe:
-            layer.in_halves = args.enable_two_batch_overlap
+            layer.in_halves = args.cuts_steps
         self._token_bytes = sizes.page_bytes // args.page_size
         self._stored_tokens = 0
         rounded = ROWS_TOGETHER if args.enable_deterministic_inference else 1
@@ -125,7 +128,9 @@ class ModelRunner:
         Returns [tokens, hidden] where this is not the last stage; else [sampled, vocab] float32 at the group's first
         rank and None at the others.
         """
-        wanted_threads = self._threads if len(plan.token_ids) > self._single_thread_tokens else 1
+        # With DP attention a rank without tokens has its share of everybody's MLPs.
+        tokens = sum(record.tokens for record in plan.records)
+        wanted_threads = self._threads if tokens > self._single_thread_tokens else 1
         if wanted_threads != torch.get_num_threads():
             torch.set_num_threads(wanted_threads)
         records, halves = plan.records, plan.halves
@@ -163,21 +168,28 @@ class ModelRunner:
             self._balancer.stepped()
 
     def expert_counts(self, order: str) -> list[dict[str, object]]:
-        """`start experts`, `stop experts`, or what was counted since, by layer. Raises ValueError if nothing is."""
-        if not self._moe:
-            raise ValueError("the model has no experts here")
+        """`start experts`, `stop experts`, or what was counted since, by layer; of those of this stage.
+
+        Raises ValueError if nothing is counted.
+        """
+        if not self._has_experts:
+            raise ValueError("the model has no experts")
         if order == "start experts":
-            for layer in self._moe:
-                layer.count_routed()
-        if any(layer.routed is None for layer in self._moe):
+            self._recorders = [layer.new_counter() for layer in self._moe]
+        if self._recorders is None:
             raise ValueError("nothing is counted: POST /start_expert_distribution_record comes first")
         found: list[dict[str, object]] = [
-            {"layer": n, "rows_by_expert": layer.take_routed(keep=True).tolist(), "expert_of_slot": layer.map.expert_of}
-            for n, layer in enumerate(self._moe)
+            {"layer": layer.number, "rows_by_expert": rows.tolist(), "expert_of_slot": layer.map.expert_of}
+            for layer, rows in zip(self._moe, self._recorders, strict=True)
         ]
-        if order == "stop experts" and self._balancer is None:
-            for layer in self._moe:
-                layer.routed = None
+        if order != "dump experts":
+            for layer, rows in zip(self._moe, self._recorders, strict=True):
+                layer.counters = [counter for counter in layer.counters if counter is not rows]
+        if order == "start experts":
+            for layer, rows in zip(self._moe, self._recorders, strict=True):
+                layer.counters.append(rows)
+        elif order == "stop experts":
+            self._recorders = None
         return found
 
     def counts(self) -> dict[str, int]:
@@ -199,13 +211,12 @@ class ModelRunner:
 def expert_parallel(args: WorkerArgs, links: RankLinks) -> ExpertParallel:
     """This rank's part of the experts."""
     place = links.place
-    sends = args.moe_a2a_backend != "none" and place.layout.ep_size > 1
     layout = ExpertLayout(
         ep_rank=place.ep_rank,
         ep_size=place.layout.ep_size,
         tp_rank=place.expert_tp_rank,
         tp_size=place.layout.expert_tp_size,
-        sent=sends,
+        sent=args.sends_rows,
         row_per_expert=args.ep_rows == "expert",
         redundant=args.ep_num_redundant_experts,
         movable=args.enable_eplb,

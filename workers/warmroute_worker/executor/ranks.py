@@ -108,11 +108,15 @@ class Rank:
         """What is no step: begin or end a trace, count experts. A line for the user. Raises OSError, ValueError."""
         verb, _, value = order.removeprefix(ORDER).decode().partition(":")
         name = f"rank{self.place.rank}-{os.getpid()}"
+        if self.trace is not None and verb == "start trace":
+            # Elsewhere it could not begin or was not written; there it is no more.
+            self.trace.drop()
         if verb == "start trace":
             self.trace = Trace(Path(value), self.facts.device, self.runner.stage.experts.background)
             return f"tracing every rank into {value}"
         if verb == "stop trace":
-            assert self.trace is not None
+            if self.trace is None:
+                raise ValueError("it had not begun here")
             trace, self.trace = self.trace, None
             return f"written: {trace.write(name)}"
         counts = self.runner.expert_counts(verb)

@@ -30,22 +30,27 @@ class Trace:
         self._profile.start()
         background.log = []
 
+    def drop(self) -> None:
+        """End it without writing it."""
+        self._profile.stop()
+        self._background.log = None
+
     def write(self, name: str) -> Path:
         """End it. Raises OSError."""
         self._profile.stop()
-        pending, self._background.log = self._background.log or [], None
+        collectives, self._background.log = self._background.log or [], None
         path = self._folder / f"{name}.trace.json"
         self._profile.export_chrome_trace(str(path))
-        if pending:
+        if collectives:
             # torch's profiler sees the threads that torch knows.
             trace: dict[str, Any] = json.loads(path.read_text())
             base = trace.get("baseTimeNanoseconds", 0)
             events = trace["traceEvents"]
             pid = next(event["pid"] for event in events if event.get("cat") in ("user_annotation", "cpu_op"))
-            for work in pending:
-                microseconds = {"ts": (work.began_at - base) / 1000, "dur": (work.ended_ns - work.began_ns) / 1000}
+            for text, began_at, nanoseconds in collectives:
+                microseconds = {"ts": (began_at - base) / 1000, "dur": nanoseconds / 1000}
                 events.append(
-                    {"ph": "X", "cat": "collective", "name": work.name, "pid": pid, "tid": BACKGROUND, **microseconds}
+                    {"ph": "X", "cat": "collective", "name": text, "pid": pid, "tid": BACKGROUND, **microseconds}
                 )
             path.write_text(json.dumps(trace))
         return path

@@ -170,7 +170,7 @@ def dp_rank(fields: Mapping[str, Any], header: str | None, size: int) -> int | N
     """The data-parallel rank that a router or a client wants; `header`: X-data-parallel-rank, as vLLM has it."""
     given = {name: fields.get(name) for name in ("routed_dp_rank", "data_parallel_rank")}
     if header is not None:
-        given["x-data-parallel-rank"] = int(header) if header.isdecimal() else header
+        given["x-data-parallel-rank"] = int(header) if header.isdecimal() and len(header) < 10 else header
     for name in given:
         rank = _Reader(given, "").integer(name, None, -(1 << 63), None)
         if rank is not None:

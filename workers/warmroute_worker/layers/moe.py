@@ -72,8 +72,11 @@ class MixtureOfExperts:
         config: MoeConfig,
         stage: TensorGroup,
         parallel: ExpertParallel,
+        number: int,
     ) -> None:
+        """`number`: of the layer in the model."""
         layout = parallel.layout
+        self.number = number
         self.sends = layout.sent
         self._background, self.statistics = parallel.background, parallel.statistics
         self._per_row = layout.row_per_expert
@@ -81,8 +84,8 @@ class MixtureOfExperts:
         """Another half of the step is computed while rows are on their way."""
         self._router = Router(source, f"{name}.gate", hidden, config)
         self.map = ExpertMap(config.num_experts, layout, source.device)
-        self.routed: torch.Tensor | None = None
-        """[experts] for how many rows each was chosen, if somebody counts."""
+        self.counters: list[torch.Tensor] = []
+        """Each [experts]: for how many rows each was chosen, of the rows that this rank routed."""
         self.computed_rows = 0
         """By this rank's experts, since the start."""
         self.experts = Experts(source, f"{name}.experts", hidden, config, self.map)
@@ -97,18 +100,9 @@ class MixtureOfExperts:
             if config.shared_gated:
                 self._shared_gate = Linear(source, [f"{name}.{config.shared_module}_gate"], hidden, [1], bias=False)
 
-    def count_routed(self) -> None:
-        """From now on, count for how many rows each expert is chosen."""
-        if self.routed is None:
-            self.routed = torch.zeros(self.map.num_experts, dtype=torch.int64, device=self.map.owners.device)
-
-    def take_routed(self, *, keep: bool = False) -> torch.Tensor:
-        """[experts] how many rows each was chosen for, since the last time; of rows that this rank saw."""
-        assert self.routed is not None
-        taken = self.routed.clone()
-        if not keep:
-            self.routed.zero_()
-        return taken
+    def new_counter(self) -> torch.Tensor:
+        """For `counters`."""
+        return torch.zeros(self.map.num_experts, dtype=torch.int64, device=self.map.owners.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> the same; see the class."""
@@ -179,6 +173,6 @@ class MixtureOfExperts:
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, k] weights in float32, and slots."""
         weights, chosen = self._router(x)
-        if self.routed is not None:
-            self.routed += torch.bincount(chosen.flatten(), minlength=len(self.routed))
+        for counter in self.counters:
+            counter += torch.bincount(chosen.flatten(), minlength=len(counter))
         return weights, self.map.slots_for(chosen)

@@ -137,7 +137,7 @@ class DecoderLayer:
         if moe is None or number in moe.dense_layers:
             self.mlp = GatedMlp(source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias, group)
         else:
-            self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts)
+            self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts, number)
         self.sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends
         self._whole: WholeLayer | None = None
         if not stage.dp_attention:
