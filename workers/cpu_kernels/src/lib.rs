@@ -8,6 +8,7 @@ mod attention;
 mod block;
 mod layer;
 mod matrix;
+mod memory;
 mod rows;
 mod simd;
 

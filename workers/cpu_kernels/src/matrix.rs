@@ -5,6 +5,7 @@
 //! follow from the number of inputs, whatever the number of rows or threads: its bits do not depend on company.
 
 use crate::block::Block;
+use crate::memory::Numbers;
 use crate::simd::{Fuse, LANES, has_wide, kernel};
 
 /// Outputs of a panel: four blocks, so that six rows of sums are the 24 blocks that stay in registers with AVX-512. The last panel may
@@ -20,7 +21,7 @@ pub struct Matrix {
     outputs: usize,
     inputs: usize,
     /// Panel by panel; of each, input by input. The last is filled up with zeros to whole blocks.
-    panels: Vec<f32>,
+    panels: Numbers,
     /// As many as there are outputs, filled up in the same way.
     bias: Vec<f32>,
 }
@@ -42,15 +43,16 @@ impl Matrix {
         let outputs = weight.len() / inputs;
         assert!(bias.is_empty() || bias.len() == outputs);
         let filled = outputs.next_multiple_of(LANES);
-        let mut panels = vec![0.0; filled * inputs];
-        for (panel, rows) in panels.chunks_mut(PANEL * inputs).zip(weight.chunks(PANEL * inputs)) {
-            let width = panel.len() / inputs;
-            for (place, row) in rows.chunks_exact(inputs).enumerate() {
-                for (number, into) in row.iter().zip(panel[place..].iter_mut().step_by(width)) {
-                    *into = *number;
+        let panels = Numbers::new(filled * inputs, |panels| {
+            for (panel, rows) in panels.chunks_mut(PANEL * inputs).zip(weight.chunks(PANEL * inputs)) {
+                let width = panel.len() / inputs;
+                for (place, row) in rows.chunks_exact(inputs).enumerate() {
+                    for (number, into) in row.iter().zip(panel[place..].iter_mut().step_by(width)) {
+                        *into = *number;
+                    }
                 }
             }
-        }
+        });
         let mut begin = vec![0.0; filled];
         begin[..bias.len()].copy_from_slice(bias);
         Self { outputs, inputs, panels, bias: begin }
