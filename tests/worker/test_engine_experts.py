@@ -113,7 +113,11 @@ def _broken_expert(number: int) -> None:
     Experts.__init__ = made  # type: ignore[assignment,method-assign]
 
 
-@pytest.mark.parametrize("changes", [SENT, {"tp_size": 2, "ep_size": 2}, SENT | DP], ids=["sent", "none", "dp"])
+@pytest.mark.parametrize(
+    "changes",
+    [SENT, {"tp_size": 2, "ep_size": 2}, pytest.param(SENT | DP, marks=pytest.mark.slow)],
+    ids=["sent", "none", "dp"],
+)
 def test_an_expert_is_on_its_rank_only(
     tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +269,7 @@ def _check_moves(folder: Path, worker: Drivers) -> None:
     assert moved > 0
 
 
-@pytest.mark.parametrize("changes", [SENT, SENT | DP], ids=["tp", "dp attention"])
+@pytest.mark.parametrize("changes", [pytest.param(SENT, marks=pytest.mark.slow), SENT | DP], ids=["tp", "dp attention"])
 def test_two_batches_overlap(deepseek: Reference, tmp_path: Path, changes: dict[str, Any]) -> None:
     """The same tokens; and while rows of one half are on their way, something of the other is computed."""
     for overlap in (False, True):
