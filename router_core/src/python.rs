@@ -10,6 +10,7 @@ mod core;
 mod enums;
 mod errors;
 mod http1;
+mod kv_events;
 mod request;
 mod views;
 
