@@ -40,32 +40,20 @@ class Actions:
 
 
 @dataclass
-class Lifecycle:
-    """Starting, ready, draining (told to end), ending (a part has died: `_deadline` is set), over (no part lives)."""
+class Course:
+    """What the supervisors of all nodes have in common; `terminated` and the others are each one's own."""
 
     drain_timeout: float
-    address: str
-    _alive: set[Part] = field(default_factory=lambda: set(Part))
-    _ready: bool = False
-    _draining: bool = False
-    _deadline: float | None = None
-    _served: bool = False
-    _cause: str | None = None
-    _interrupted_by: int | None = None
+    _ready: bool = field(default=False, init=False)
+    _draining: bool = field(default=False, init=False)
+    _deadline: float | None = field(default=None, init=False)
+    _cause: str | None = field(default=None, init=False)
+    _interrupted_by: int | None = field(default=None, init=False)
 
     @property
     def deadline(self) -> float | None:
         """When `tick` has something to do."""
         return self._deadline
-
-    @property
-    def exit_code(self) -> int | None:
-        """None while a part lives."""
-        if self._alive:
-            return None
-        if self._interrupted_by is not None:
-            return 128 + self._interrupted_by
-        return 0 if self._cause is None else 1
 
     @property
     def cause(self) -> str | None:
@@ -74,13 +62,37 @@ class Lifecycle:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the engine has said that it is ready."""
+        """Whether all is ready, of all nodes."""
         return self._ready
 
     @property
     def is_draining(self) -> bool:
-        """Whether it was told to end."""
+        """Whether it, or any node, was told to end."""
         return self._draining
+
+    def _code(self) -> int:
+        """The exit code, once nothing lives."""
+        if self._interrupted_by is not None:
+            return 128 + self._interrupted_by
+        return 0 if self._cause is None else 1
+
+    def _end_by(self, deadline: float) -> None:
+        """Sooner, if it was to end sooner."""
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+
+
+@dataclass
+class Lifecycle(Course):
+    """Starting, ready, draining (told to end), ending (a part has died: `_deadline` is set), over (no part lives)."""
+
+    address: str
+    _alive: set[Part] = field(default_factory=lambda: set(Part), init=False)
+    _served: bool = field(default=False, init=False)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while a part lives."""
+        return None if self._alive else self._code()
 
     def ready(self, text: str) -> Actions:
         self._ready = True
@@ -111,8 +123,7 @@ class Lifecycle:
         if words is None or self._served or self._cause is not None:
             return Actions()
         self._cause = words
-        end = now + NODE_LOST_SECONDS
-        self._deadline = end if self._deadline is None else min(self._deadline, end)
+        self._end_by(now + NODE_LOST_SECONDS)
         return Actions(stop=words)
 
     def exited(self, part: Part, pid: int, return_code: int, now: float) -> Actions:
@@ -126,8 +137,7 @@ class Lifecycle:
             self._cause = None
         if not clean and not self._served and self._cause is None and self._interrupted_by is None:
             self._cause = f"the {part.value} process (pid {pid}) {ending(return_code)}"
-        end = now + KILL_AFTER_SECONDS
-        self._deadline = end if self._deadline is None else min(self._deadline, end)
+        self._end_by(now + KILL_AFTER_SECONDS)
         # Nothing runs without the HTTP process; the driver's death it sees itself and ends what runs with an error.
         return Actions(kill=part is Part.HTTP and not clean)
 

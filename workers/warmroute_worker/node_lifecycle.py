@@ -5,59 +5,29 @@ Node 0 decides for all. This node ends when it is told to, when node 0 is gone, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from warmroute_worker.child_process import ending
-from warmroute_worker.lifecycle import DRAIN_GRACE_SECONDS, KILL_AFTER_SECONDS, NODE_LOST_SECONDS, Actions, Part
+from warmroute_worker.lifecycle import DRAIN_GRACE_SECONDS, KILL_AFTER_SECONDS, NODE_LOST_SECONDS, Actions, Course, Part
 
 
 @dataclass
-class NodeLifecycle:
+class NodeLifecycle(Course):
     """Starting, ready, draining (told to end), released (node 0 has served everything), over."""
 
-    drain_timeout: float
     name: str
     """Which node this is."""
-    _alive: bool = True
-    _ready: bool = False
-    _draining: bool = False
-    _released: bool = False
-    _has_words: bool = False
+    _alive: bool = field(default=True, init=False)
+    _released: bool = field(default=False, init=False)
+    _has_words: bool = field(default=False, init=False)
     """Node 0 has said how it ends."""
-    _waits_for_words: bool = False
+    _waits_for_words: bool = field(default=False, init=False)
     """The engine has ended, and only node 0 knows whether that was right."""
-    _deadline: float | None = None
-    _cause: str | None = None
-    _interrupted_by: int | None = None
-
-    @property
-    def deadline(self) -> float | None:
-        """When `tick` has something to do."""
-        return self._deadline
 
     @property
     def exit_code(self) -> int | None:
         """None while the engine lives, or its end is not explained."""
-        if self._alive or self._waits_for_words:
-            return None
-        if self._interrupted_by is not None:
-            return 128 + self._interrupted_by
-        return 0 if self._cause is None else 1
-
-    @property
-    def cause(self) -> str | None:
-        """The first thing that went wrong."""
-        return self._cause
-
-    @property
-    def is_serving(self) -> bool:
-        """Whether node 0 has said that all nodes are ready."""
-        return self._ready
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether any node was told to end."""
-        return self._draining
+        return None if self._alive or self._waits_for_words else self._code()
 
     def ready(self, text: str) -> Actions:
         self._ready = True
@@ -121,6 +91,3 @@ class NodeLifecycle:
             self._cause = told if self._draining else "the engine ended, and nobody told it to"
         self._waits_for_words = False
         return Actions(kill=True)
-
-    def _end_by(self, deadline: float) -> None:
-        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
