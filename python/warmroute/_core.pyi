@@ -122,6 +122,19 @@ class Lease:
     def complete(self, response: Response, reused: bool, now_ns: int, /) -> tuple[Transition, ...] | None:
         """The answer has arrived whole, and the client has it: `release` with what it says, and the request's `finish`.
         None: no machine moved. Raises RegionBusy: all but the release is done."""
+    def answer(
+        self,
+        parser: HeadParser,
+        head: RequestHead,
+        keep_alive: bool,
+        reused: bool,
+        data: bytes,
+        now_ns: int,
+        /,
+    ) -> tuple[bytes, bool, tuple[Transition, ...] | None, Response | None] | None:
+        """Of an answer to `head` that is whole in `data`, below 400, and may go on as it is: what the client gets,
+        whether the worker's connection can be used again, and what `complete` says, which is done. The Response, if the
+        release could not be done: to be released later with it. None: it is no such answer; nothing was done."""
     def release(
         self,
         kind: OutcomeKind,
@@ -384,6 +397,13 @@ class Core:
         Raises BadRequest. Counts the request as accepted (its model's series is settled by the first select). One that
         it refuses is counted as accepted and answered with 400, in the series of the model "other".
         """
+    def begin(
+        self, parser: HeadParser, data: bytes, routes: bool, now_ns: int, /
+    ) -> tuple[RequestHead, bool, bytes, bool, bool, RoutedRequest | BadRequest | None, Lease | None, int, int] | None:
+        """The request at the start of `data`: head, whether the body is all there (and not too long), what comes behind
+        it (if it is not: behind the head), whether the client wants to use the connection again, whether it is for a
+        worker and its client may ask one. If both, and with `routes`, what `route` returns, or in place of the request
+        what it raises; else None. None for all: more bytes are needed for the head. Raises BadHead (400, 431, 505)."""
     def read_request(self, head: RequestHead, data: bytes, now_ns: int, /) -> RoutedRequest:
         """As `read`, of bytes that begin with a head that was parsed here."""
     def route(self, head: RequestHead, data: bytes, now_ns: int, /) -> tuple[RoutedRequest, Lease | None, int, int]:
@@ -626,10 +646,6 @@ class HeadParser:
         """A name for what no head was understood of."""
     def request(self, data: bytes, /) -> RequestHead | None:
         """Parse the head at the start of `data`; None: more bytes are needed. Raises BadHead (400, 431, 505)."""
-    def begin_request(self, data: bytes, /) -> tuple[RequestHead, bool, bytes, bool, bool] | None:
-        """The request at the start of `data`: head, whether the body is all there (and not too long), what comes behind
-        it (if it is not: behind the head), whether the client wants to use the connection again, whether it is for a
-        worker and its client may ask one. None: more bytes are needed for the head. Raises BadHead (400, 431, 505)."""
     def begin_response(
         self, data: bytes, request: RequestHead, now_ns: int, /
     ) -> tuple[Response, int, bool | None] | None:

@@ -12,6 +12,7 @@ mod errors;
 mod http1;
 mod kv_events;
 mod request;
+mod routing;
 mod views;
 
 /// A time or a span. Python's integers of this size are read twice as fast as signed numbers.

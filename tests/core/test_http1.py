@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from warmroute._core import BadHead, ChunkDecoder, Core, HeadParser, RequestHead, Response, Route
+from warmroute._core import (
+    BadHead,
+    BadRequest,
+    ChunkDecoder,
+    Core,
+    HeadParser,
+    RequestHead,
+    Response,
+    Route,
+    RoutedRequest,
+)
 from warmroute.config import RouterConfig
 from warmroute.engine import build_core
 
@@ -12,6 +22,10 @@ CHAT = (
     b"POST /v1/chat/completions?a=b HTTP/1.1\r\nHost: h\r\nAccept: */*\r\nAuthorization: Bearer k\r\n"
     b"X-Request-Id: mine\r\nX-SMG-Routing-Key: k\r\nContent-Length: 2\r\n\r\n"
 )
+
+WHOLE = CHAT.replace(b"Length: 2", b"Length: 48") + b'{"messages":[{"role":"user","content":"Hello"}]}'
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
+EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
 
 
 @pytest.fixture
@@ -67,7 +81,7 @@ def test_what_is_absent(parser: HeadParser) -> None:
 
 def test_more_bytes_are_needed(parser: HeadParser) -> None:
     assert parser.request(CHAT[:-1]) is None
-    assert parser.begin_request(CHAT[:-1]) is None
+    assert core_with_a_worker().begin(parser, CHAT[:-1], False, 1) is None
     assert parser.begin_response(b"HTTP/1.1 200 OK\r\n", parse_request(parser, CHAT), 1) is None
 
 
@@ -98,11 +112,66 @@ NEEDS_NO_WORKER = CHAT.replace(b"/v1/chat/completions", b"/v1/models")
 def test_a_request_begins(
     parser: HeadParser, data: bytes, is_whole: bool, rest: bytes, keep_alive: bool, is_for_worker: bool
 ) -> None:
-    begun = parser.begin_request(data)
+    begun = core_with_a_worker().begin(parser, data, False, 1)
     assert begun is not None
-    assert begun[1:] == (is_whole, rest, keep_alive, is_for_worker)
+    assert begun[1:] == (is_whole, rest, keep_alive, is_for_worker, None, None, 0, 0)
     if is_whole:
         assert begun[0].body_in(data) == b"{}"
+
+
+def test_a_request_begins_and_is_routed(parser: HeadParser) -> None:
+    core = core_with_a_worker()
+    begun = core.begin(parser, CHAT + b"{}" + b"GET", True, 5)
+    assert begun is not None
+    (head, is_whole, rest, _, _), (refusal, lease, _, _) = begun[:5], begun[5:]
+    assert (head.request_id, is_whole, rest, lease) == (b"mine", True, b"GET", None)
+    assert isinstance(refusal, BadRequest)
+    assert refusal.args[1] == "messages"
+    begun = core.begin(parser, WHOLE, True, 5)
+    assert begun is not None
+    request, lease, slot, incarnation = begun[5:]
+    assert isinstance(request, RoutedRequest)
+    assert lease is not None
+    assert (lease.slot, lease.incarnation, lease.selected_ns) == (slot, incarnation, 5)
+    assert core.load(slot) == 1
+    # A request that has not come whole, or is for nobody here, takes nothing.
+    for data in (CHAT, CHAT.replace(b"/v1/chat/completions", b"/workers") + b"{}"):
+        begun = core.begin(parser, data, True, 5)
+        assert begun is not None
+        assert begun[5:] == (None, None, 0, 0)
+    assert core.ledgers() == [(2, 1, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("data", "answered", "can_stay"),
+    [
+        (OK + b"hello", True, True),
+        (OK + b"hello more", True, False),
+        (EARLY + OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + b"hello", True, False),
+        (OK + b"hell", False, False),
+        (OK[:-1], False, False),
+        (b"SSH-2.0-OpenSSH\r\n", False, False),
+        (OK.replace(b"200 OK", b"503 Busy") + b"hello", False, False),
+        (b"HTTP/1.1 200 OK\r\n\r\nhello", False, False),
+    ],
+)
+def test_a_whole_answer_is_dealt_with_at_once(parser: HeadParser, data: bytes, answered: bool, can_stay: bool) -> None:
+    core = core_with_a_worker()
+    begun = core.begin(parser, WHOLE, True, 5)
+    assert begun is not None
+    head, lease, slot = begun[0], begun[6], begun[7]
+    assert lease is not None
+    found = lease.answer(parser, head, True, False, data, 7)
+    assert core.load(slot) == (not answered)
+    if answered:
+        assert found == (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nx-request-id: mine\r\n\r\nhello",
+            can_stay,
+            None,
+            None,
+        )
+    else:
+        assert found is None
 
 
 @pytest.mark.parametrize(
@@ -168,10 +237,6 @@ def test_a_response_head_in_python_values(parser: HeadParser) -> None:
         b"Content-Length: 5\r\nconnection: close\r\nx-request-id: r\r\n\r\n"
     )
     assert begin_response(parser, data, b"HEAD").content_length == 0
-
-
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
-EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
 
 
 @pytest.mark.parametrize(

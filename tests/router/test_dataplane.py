@@ -339,6 +339,31 @@ async def test_a_slow_reader_pauses_its_worker_and_not_the_router() -> None:
         writer.transport.abort()
 
 
+async def test_a_client_that_does_not_read_its_answers_is_not_answered_further() -> None:
+    """Its answers pile up to a bound, and the worker's connection is as good as before for others."""
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(chunks=1, chunk_bytes=30_000)
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1024)
+        number = 1000
+        writer.write(request(CHAT, CHAT_BYTES) * number)
+        for _ in range(100):
+            answered = len(worker.record.requests)
+            await asyncio.sleep(0.05)
+            if answered and answered == len(worker.record.requests):
+                break
+        assert 0 < answered < number
+        for _ in range(3):
+            answer = await asyncio.wait_for(router.client.post(CHAT, json=chat("fast")), 2)
+            assert answer.status_code == 200
+        begin, heads, tail = b"HTTP/1.1 200", 0, b""
+        while heads < number:
+            piece = tail + await asyncio.wait_for(reader.read(1 << 20), 2)
+            heads += piece.count(begin)
+            tail = piece[1 - len(begin) :]
+        writer.close()
+        await router.quiet()
+
+
 async def test_an_api_key_guards_everything_but_the_probes() -> None:
     async with FakeWorker() as worker, running([worker], api_key="secret") as router:
         for path in ("/workers", "/get_loads"):

@@ -60,6 +60,7 @@ class ClientConnection(asyncio.Protocol):
         "_discarding",
         "_has_asked",
         "_head",
+        "_is_full",
         "_parts",
         "_paused_reading",
         "_plane",
@@ -85,6 +86,8 @@ class ClientConnection(asyncio.Protocol):
         self._decoder: ChunkDecoder | None = None
         self._discarding = False
         self._paused_reading = False
+        self._is_full = False
+        """The client does not read: what is written to it piles up here."""
         self.came_late = plane.is_draining
         """It was accepted when the router was going away already."""
         self._has_asked = False
@@ -118,9 +121,8 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.exchange is not None:
             self._buffer += data
-            if len(self._buffer) > MAX_AHEAD_BYTES and not self._paused_reading:
-                self._paused_reading = True
-                self._transport.pause_reading()
+            if len(self._buffer) > MAX_AHEAD_BYTES:
+                self._pause_reading()
         elif self._head is not None:
             self._body_received(data)
         elif not self._discarding:
@@ -145,7 +147,10 @@ class ClientConnection(asyncio.Protocol):
             return
         times = self._plane.times
         waited_ns = now_ns - self._since_ns
-        if self._head is not None:
+        if self._is_full:
+            if waited_ns >= times.client_idle_ns:
+                self._transport.abort()  # to close it would wait for what is not read
+        elif self._head is not None:
             if waited_ns >= times.body_ns:
                 seconds = times.body_ns / 1e9
                 self._refuse(408, f"No byte of the body came for {seconds:g} s", ErrorCode.BODY_TIMEOUT)
@@ -156,12 +161,16 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
 
     def pause_writing(self) -> None:
+        self._is_full = True
         if self.exchange is not None:
             self.exchange.pause()
 
     def resume_writing(self) -> None:
+        self._is_full = False
         if self.exchange is not None:
             self.exchange.resume()
+        else:
+            self._go_on()
 
     # -- from the exchange
 
@@ -172,11 +181,24 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
             return
         self._since_ns = self._plane.second_ns
+        if self._paused_reading or self._buffer or self._is_full:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """With what has come meanwhile; not while the answers that there are stay unread."""
+        if self._is_full:
+            self._pause_reading()
+            return
         if self._paused_reading:
             self._paused_reading = False
             self._transport.resume_reading()
-        if self._buffer and not self._advancing:
+        if self._buffer and not self._advancing and not self._discarding:
             self._advance(self._buffer)
+
+    def _pause_reading(self) -> None:
+        if not self._paused_reading:
+            self._paused_reading = True
+            self._transport.pause_reading()
 
     def answer_error(self, code: ErrorCode, message: str, request_id: bytes, param: str | None = None) -> None:
         """End the current request with an error of our own."""
@@ -199,9 +221,11 @@ class ClientConnection(asyncio.Protocol):
         """Handle what has come, `buffer` in all, until an exchange is under way or more bytes are needed."""
         plane = self._plane
         self._advancing = True  # an exchange that ends at once must not enter here again: pipelined requests would nest
+        now_ns = monotonic_ns()
+        routes = plane.decides_at_once and not self.came_late
         while True:
             try:
-                begun = plane.parser.begin_request(buffer)
+                begun = plane.core.begin(plane.parser, buffer, routes, now_ns)
             except BadHead as error:
                 self._refuse(*error.args)
                 break
@@ -210,21 +234,25 @@ class ClientConnection(asyncio.Protocol):
                     self._since_ns = plane.second_ns  # the first bytes of a head
                 self._buffer = buffer
                 break
-            head, is_whole, rest, keep_alive, is_for_worker = begun
-            self._buffer = rest
+            head, is_whole, self._buffer, keep_alive, is_for_worker, request, lease, slot, incarnation = begun
             self.keep_alive = keep_alive and not plane.is_draining
-            if is_whole:
+            if request is not None:
+                self._has_asked = True
+                self.exchange = exchange = RoutedExchange()
+                exchange.start(plane, self, head, buffer, now_ns, request, lease, slot, incarnation)
+            elif is_whole:
                 self._dispatch(head, buffer, is_for_worker)
             elif not self._begin_body(head):
                 break
             else:
+                rest = self._buffer
                 self._buffer = b""
                 self._parts.append(buffer[: len(buffer) - len(rest)])
                 if head.expect_continue and not rest:
                     self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self._body_received(rest)
             buffer = self._buffer
-            if not buffer or self.exchange is not None or self._discarding:
+            if not buffer or self.exchange is not None or self._discarding or self._is_full:
                 break
         self._advancing = False
 

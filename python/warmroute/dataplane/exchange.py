@@ -84,6 +84,10 @@ class Exchange:
         else:
             self._unanswered(reason)
 
+    def answered(self, connection: WorkerConnection, data: bytes, now_ns: int) -> bool:
+        """Whether `data`, the first bytes of a response, was all of it and is dealt with."""
+        return False
+
     def response_began(self, response: Response, status: int, data: bytes) -> Callable[[bytes], object]:
         """The head is complete, in `data`: write it and what is there of the body; return where the rest of the body
         goes."""

@@ -121,6 +121,8 @@ class DataPlane:
         path, form = config.access_log, config.access_log_format
         self.access_log = AccessLog(path, form) if path else None
         self.keeps_records = self.recorder is not None or self.access_log is not None
+        self.relays_at_once = not self.keeps_records and not self.expose_worker
+        """A whole answer goes on without a look at it."""
         self.admission: Admission | None = None
         if config.is_limited:
             bell = Doorbell(self.loop, shared.doorbell_fd, self._let_in)

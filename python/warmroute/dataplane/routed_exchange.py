@@ -21,7 +21,7 @@ from warmroute.retry import RETRYABLE_STATUSES, Failure, Retries
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from warmroute._core import Lease, RequestHead, Response
+    from warmroute._core import Lease, RequestHead, Response, RoutedRequest
     from warmroute.dataplane.client_connection import ClientConnection
     from warmroute.dataplane.plane import DataPlane
     from warmroute.dataplane.worker_connection import WorkerConnection
@@ -36,8 +36,20 @@ CLIENT_CLOSED_REQUEST = 499
 class RoutedExchange(LeasedExchange):
     __slots__ = ("_is_admitted", "_setbacks")
 
-    def start(self, plane: DataPlane, client: ClientConnection, head: RequestHead, data: bytes, now_ns: int) -> None:
-        """`data` begins with the request, which is there as a whole; `now_ns`: it came then."""
+    def start(
+        self,
+        plane: DataPlane,
+        client: ClientConnection,
+        head: RequestHead,
+        data: bytes,
+        now_ns: int,
+        request: RoutedRequest | BadRequest | None = None,
+        lease: Lease | None = None,
+        slot: int = 0,
+        incarnation: int = 0,
+    ) -> None:
+        """`data` begins with the request, which is there as a whole; `now_ns`: it came then. `request` and what
+        follows: as `Core.begin` gives them, if it was asked to route."""
         self._plane = plane
         self._client = client
         self.head = head
@@ -49,18 +61,34 @@ class RoutedExchange(LeasedExchange):
         self.is_over = False
         self._setbacks: Setbacks | None = None
         self._is_admitted = True  # or has no need to be
-        self._lease = lease = None
+        self._lease = None
+        if lease is None:
+            self._start_slowly(request, now_ns)
+            return
+        self._request = request  # type: ignore[assignment]  # with a lease it is no refusal
+        plane.buffered_bytes += len(data)
+        plane.retry_budget.requests += 1
+        self._try(lease, slot, incarnation, now_ns)
+
+    def _start_slowly(self, request: RoutedRequest | BadRequest | None, now_ns: int) -> None:
+        """Of a request that was not routed yet, or could not be."""
+        plane, lease = self._plane, None
+        slot = incarnation = 0
         try:
-            if plane.decides_at_once:
-                self._request, lease, slot, incarnation = plane.core.route(head, data, now_ns)
+            if isinstance(request, BadRequest):
+                raise request
+            if request is not None:
+                self._request = request
+            elif plane.decides_at_once:
+                self._request, lease, slot, incarnation = plane.core.route(self.head, self._data, now_ns)
             else:
-                self._request = plane.core.read_request(head, data, now_ns)
+                self._request = plane.core.read_request(self.head, self._data, now_ns)
         except BadRequest as error:
             message, param = error.args
             self.is_over = True
-            client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
+            self._client.answer_error(ErrorCode.INVALID_REQUEST, message, self.request_id, param)
             return
-        plane.buffered_bytes += len(data)
+        plane.buffered_bytes += len(self._data)
         admission = plane.admission
         if admission is None:
             plane.retry_budget.requests += 1
@@ -222,9 +250,12 @@ class RoutedExchange(LeasedExchange):
         address = self._address
         authorization = address.authorization or self._plane.worker_authorization
         first, rest = lease.to_worker(self.head, address.host_header, authorization, self._data)
-        connection.send(self, first)
+        connection.exchange = self
+        connection.uses += 1
+        write = connection.transport.write
+        write(first)
         if rest is not None:
-            connection.transport.write(rest)
+            write(rest)
 
     def connect_failed(self, reason: str, failure: ConnectFailure) -> None:
         if self.is_over:
@@ -245,6 +276,33 @@ class RoutedExchange(LeasedExchange):
         self._connection = None
         self._release(OutcomeKind.NO_ANSWER, 0, None)
         self._failed(Failure.NO_ANSWER, code, f"The worker did not answer: {reason}")
+
+    def answered(self, connection: WorkerConnection, data: bytes, now_ns: int) -> bool:
+        """Of an answer that is whole in `data` and plain, everything at once: most are. False: nothing was done."""
+        lease, plane = self._lease, self._plane
+        if lease is None or self._setbacks is not None or not plane.relays_at_once:
+            return False
+        client = self._client
+        found = lease.answer(plane.parser, self.head, client.keep_alive, connection.uses > 1, data, now_ns)
+        if found is None:
+            return False
+        answer, can_stay, transitions, response = found
+        self._lease = None
+        self._connection = None  # nothing more comes of it, and a client that does not read on must not hold it up
+        client.write(answer)
+        connection.exchange = None
+        if can_stay and not connection.transport.get_write_buffer_size():
+            connection.idle_since_ns = now_ns
+            self._pool.idle.append(connection)
+        else:
+            connection.transport.close()
+        if transitions is not None:
+            plane.log_transitions(transitions)
+        elif response is not None:
+            self._release_later(lease, OutcomeKind.ANSWERED, response.status, response.began_ns, response, now_ns)
+        self._ended()
+        client.exchange_ended()
+        return True
 
     def response_began(self, response: Response, status: int, data: bytes) -> Callable[[bytes], object]:
         if (

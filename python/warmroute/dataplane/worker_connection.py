@@ -135,6 +135,8 @@ class WorkerConnection(asyncio.Protocol):
             return
         if self._pending:
             data = self._pending + data
+        elif exchange.answered(self, data, now_ns):
+            return
         try:
             begun = self._pool.parser.begin_response(data, exchange.head, now_ns)
         except BadHead as error:
@@ -161,6 +163,8 @@ class WorkerConnection(asyncio.Protocol):
             return
         self.exchange = None
         self._feed = None
+        if self._paused_ns:  # for a client that does not read on; the next one may
+            self.resume()
         # An answer that came before the request was sent whole leaves a rest that would be read as the next request.
         if can_stay and not self.transport.get_write_buffer_size():
             self.idle_since_ns = now_ns

@@ -10,14 +10,10 @@ use pyo3::exceptions::{PyAssertionError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
-use super::Nanoseconds;
-use super::http1::RequestHead;
-use super::request::{Lease, RoutedRequest};
-use super::views::{Counters, Explanation, RequestSeries, TargetInfo, Transition};
+use super::views::{Counters, RequestSeries, TargetInfo, Transition};
 use crate::admission::{Entry, Limits, Turn};
 use crate::metrics::{Ledger, Slab};
 use crate::policy::{self, Assignment, Balance, Parameters};
-use crate::prompt::Endpoint;
 use crate::region::{Found, Region};
 use crate::router::{Router, Settings};
 use crate::{breaker, health};
@@ -200,60 +196,6 @@ impl Core {
     fn registry<'py>(&self, py: Python<'py>) -> PyResult<(u64, Bound<'py, PyBytes>)> {
         let (version, text) = self.router.registry()?;
         Ok((version, PyBytes::new(py, &text)))
-    }
-
-    // -- a request
-
-    #[pyo3(signature = (path, routing_headers, body, now_ns, /))]
-    fn read(&self, path: &[u8], routing_headers: &[u8], body: &[u8], now_ns: u64) -> PyResult<RoutedRequest> {
-        let unrouted = || PyValueError::new_err("not a routed path");
-        let endpoint = Endpoint::from_path(path).ok_or_else(unrouted)?;
-        Ok(RoutedRequest(self.router.read(endpoint, routing_headers, body, now_ns)?))
-    }
-
-    /// As `read`, of bytes that begin with a head that was parsed here.
-    #[pyo3(signature = (head, data, now_ns, /))]
-    fn read_request(&self, head: &RequestHead, data: &[u8], now_ns: Nanoseconds) -> PyResult<RoutedRequest> {
-        let unrouted = || PyValueError::new_err("not a routed path");
-        let endpoint = head.head.route().endpoint().ok_or_else(unrouted)?;
-        Ok(RoutedRequest(self.router.read(
-            endpoint,
-            &head.head.routing_headers(),
-            head.head.body_in(data),
-            now_ns.0,
-        )?))
-    }
-
-    /// `read_request`, and `select` if that gives a lease at once, with its slot and incarnation; if not, ask it again what the matter is.
-    #[pyo3(signature = (head, data, now_ns, /))]
-    fn route(
-        &self,
-        head: &RequestHead,
-        data: &[u8],
-        now_ns: Nanoseconds,
-    ) -> PyResult<(RoutedRequest, Option<Lease>, u16, u64)> {
-        let accepted_ns = now_ns.0;
-        let request = self.read_request(head, data, now_ns)?;
-        let lease = self.router.select(&request.0, accepted_ns, false).ok().flatten().map(Lease);
-        let (slot, incarnation) = lease.as_ref().map(Lease::place).unwrap_or_default();
-        Ok((request, lease, slot, incarnation))
-    }
-
-    #[pyo3(signature = (request, now_ns, allow_failed, /))]
-    fn select(&self, request: &RoutedRequest, now_ns: u64, allow_failed: bool) -> PyResult<Option<Lease>> {
-        Ok(self.router.select(&request.0, now_ns, allow_failed)?.map(Lease))
-    }
-
-    #[pyo3(signature = (path, routing_headers, body, now_ns, /))]
-    fn explain(&self, path: &[u8], routing_headers: &[u8], body: &[u8], now_ns: u64) -> PyResult<Explanation> {
-        let unrouted = || PyValueError::new_err("not a routed path");
-        let endpoint = Endpoint::from_path(path).ok_or_else(unrouted)?;
-        Ok(Explanation(self.router.explain(endpoint, routing_headers, body, now_ns)?))
-    }
-
-    #[pyo3(signature = (request, now_ns, /))]
-    fn explain_request(&self, request: &RoutedRequest, now_ns: u64) -> PyResult<Explanation> {
-        Ok(Explanation(self.router.explain_request(&request.0, now_ns)?))
     }
 
     // -- workers

@@ -72,7 +72,7 @@ pub(super) struct RequestHead {
     pub(super) head: http1::RequestHead,
     /// Its name where the client gave none.
     made_id: Vec<u8>,
-    is_authorized: bool,
+    pub(super) is_authorized: bool,
 }
 
 impl RequestHead {
@@ -188,6 +188,23 @@ pub(super) struct Response {
 }
 
 impl Response {
+    /// Whether the client of `request` can get the body in the framing it has.
+    pub(super) fn fits(&self, request: &RequestHead) -> bool {
+        !request.head.http_1_0() && (self.head.chunked() || self.head.content_length().is_some())
+    }
+
+    /// For a client whom it fits: see `as_it_is`.
+    pub(super) fn written_as_it_is<'py>(
+        &self,
+        py: Python<'py>,
+        request: &RequestHead,
+        keep_alive: bool,
+        data: &[u8],
+    ) -> Bound<'py, PyBytes> {
+        let body = data.get(self.body_at..self.body_end).unwrap_or_default();
+        written(py, |answer| self.head.write_to_client(answer, request.id(), keep_alive, body))
+    }
+
     fn feed_at(&mut self, data: &[u8], now_ns: u64) -> Result<Option<usize>, http1::BadHead> {
         self.arrivals.piece(data.len(), now_ns);
         self.reader.feed(data)
@@ -257,11 +274,7 @@ impl Response {
         keep_alive: bool,
         data: &[u8],
     ) -> Option<Bound<'py, PyBytes>> {
-        if request.head.http_1_0() || (!self.head.chunked() && self.head.content_length().is_none()) {
-            return None;
-        }
-        let body = data.get(self.body_at..self.body_end).unwrap_or_default();
-        Some(written(py, |answer| self.head.write_to_client(answer, request.id(), keep_alive, body)))
+        self.fits(request).then(|| self.written_as_it_is(py, request, keep_alive, data))
     }
 
     /// The head to send to the client.
@@ -311,15 +324,11 @@ impl Response {
     }
 }
 
-/// Head, whether the body is all there, what comes behind it, or else behind the head, whether the connection can be used again, and
-/// whether it is a request for a worker of somebody who may ask.
-type BegunRequest<'py> = (Bound<'py, RequestHead>, bool, Bound<'py, PyBytes>, bool, bool);
-
 /// The response, its status, and whether the connection can be used again; None: the body goes on.
 type BegunResponse<'py> = (Bound<'py, Response>, u16, Option<bool>);
 
 #[pyclass(module = "warmroute._core", frozen)]
-struct HeadParser {
+pub(super) struct HeadParser {
     parser: http1::HeadParser,
     max_body_bytes: usize,
     authorization: Option<Vec<u8>>,
@@ -328,6 +337,54 @@ struct HeadParser {
 }
 
 impl HeadParser {
+    /// The request at the start of `data`, and if it is there as a whole (and not too long), where it ends; None: more bytes are
+    /// needed for its head.
+    pub(super) fn begin(&self, data: &[u8]) -> Result<Option<(RequestHead, Option<usize>)>, http1::BadHead> {
+        let Some(head) = self.parser.request(data)? else { return Ok(None) };
+        let size = head.size();
+        let length = head.content_length().map_or(Some(0), |length| usize::try_from(length).ok());
+        let end = length
+            .filter(|&length| !head.chunked() && length <= self.max_body_bytes && length <= data.len() - size)
+            .map(|length| size + length);
+        Ok(Some((self.request_head(head), end)))
+    }
+
+    /// The response to `request` at the start of `data`, behind interim ones, and whether the connection can be used again; None: the body
+    /// goes on. None for both: more bytes are needed for its head.
+    pub(super) fn response(
+        &self,
+        data: &[u8],
+        request: &RequestHead,
+        now_ns: u64,
+    ) -> Result<Option<(Response, Option<bool>)>, http1::BadHead> {
+        let head_request = request.head.method() == "HEAD";
+        let mut at = 0;
+        let head = loop {
+            match self.parser.response(&data[at..], head_request)? {
+                Some(head) if head.status() >= 200 => break head,
+                // It concerns this hop alone.
+                Some(interim) => at += interim.size(),
+                None => return Ok(None),
+            }
+        };
+        let reader = if head.chunked() {
+            http1::BodyReader::of_chunks()
+        } else if let Some(length) = head.content_length() {
+            http1::BodyReader::of_length(length)
+        } else {
+            http1::BodyReader::until_eof()
+        };
+        let (body_at, body_end, reusable) = (at + head.size(), data.len(), head.keep_alive());
+        let arrivals = http1::Arrivals::default();
+        let mut response = Response { head, reader, arrivals, began_ns: now_ns, body_at, body_end };
+        let mut stays = None;
+        if let Some(end) = response.feed_at(&data[body_at..], now_ns)? {
+            response.body_end = body_at + end;
+            stays = Some(reusable && response.body_end == data.len());
+        }
+        Ok(Some((response, stays)))
+    }
+
     fn request_head(&self, head: http1::RequestHead) -> RequestHead {
         let made_id = if head.request_id().is_some() { Vec::new() } else { self.make_id() };
         let is_authorized = self.authorization.as_ref().is_none_or(|expected| bears(&head, expected));
@@ -378,21 +435,6 @@ impl HeadParser {
         Ok(self.parser.request(data)?.map(|head| self.request_head(head)))
     }
 
-    /// The request at the start of `data`; None: more bytes are needed for its head. Raises BadHead (400, 431, 505).
-    #[pyo3(signature = (data, /))]
-    fn begin_request<'py>(&self, py: Python<'py>, data: &[u8]) -> PyResult<Option<BegunRequest<'py>>> {
-        let Some(head) = self.parser.request(data)? else { return Ok(None) };
-        let (size, keep_alive) = (head.size(), head.keep_alive());
-        let length = head.content_length().map_or(Some(0), |length| usize::try_from(length).ok());
-        let end = length
-            .filter(|&length| !head.chunked() && length <= self.max_body_bytes && length <= data.len() - size)
-            .map(|length| size + length);
-        let head = self.request_head(head);
-        let is_for_worker = head.is_authorized && head.head.route().is_routed();
-        let rest = PyBytes::new(py, &data[end.unwrap_or(size)..]);
-        Ok(Some((Bound::new(py, head)?, end.is_some(), rest, keep_alive, is_for_worker)))
-    }
-
     /// The response to `request` at the start of `data`, behind interim ones; None: more bytes are needed. Raises BadHead(502, ...).
     #[pyo3(signature = (data, request, now_ns, /))]
     fn begin_response<'py>(
@@ -402,32 +444,8 @@ impl HeadParser {
         request: &RequestHead,
         now_ns: Nanoseconds,
     ) -> PyResult<Option<BegunResponse<'py>>> {
-        let head_request = request.head.method() == "HEAD";
-        let mut at = 0;
-        let head = loop {
-            match self.parser.response(&data[at..], head_request)? {
-                Some(head) if head.status() >= 200 => break head,
-                // It concerns this hop alone.
-                Some(interim) => at += interim.size(),
-                None => return Ok(None),
-            }
-        };
-        let reader = if head.chunked() {
-            http1::BodyReader::of_chunks()
-        } else if let Some(length) = head.content_length() {
-            http1::BodyReader::of_length(length)
-        } else {
-            http1::BodyReader::until_eof()
-        };
-        let (body_at, body_end, began_ns) = (at + head.size(), data.len(), now_ns.0);
-        let (status, reusable) = (head.status(), head.keep_alive());
-        let arrivals = http1::Arrivals::default();
-        let mut response = Response { head, reader, arrivals, began_ns, body_at, body_end };
-        let mut stays = None;
-        if let Some(end) = response.feed_at(&data[body_at..], began_ns)? {
-            response.body_end = body_at + end;
-            stays = Some(reusable && response.body_end == data.len());
-        }
+        let Some((response, stays)) = self.response(data, request, now_ns.0)? else { return Ok(None) };
+        let status = response.head.status();
         Ok(Some((Bound::new(py, response)?, status, stays)))
     }
 }

@@ -6,9 +6,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
 use super::enums::{Endpoint, OutcomeKind};
-use super::http1::{RequestHead, Response};
+use super::http1::{HeadParser, RequestHead, Response};
 use super::views::Transition;
 use super::{Nanoseconds, written};
+use crate::error::Error;
 use crate::http1::JOINED_BODY_BYTES;
 use crate::outcome::{self, Outcome};
 use crate::router;
@@ -186,7 +187,50 @@ impl Lease {
         response: &Response,
         reused: bool,
         now_ns: Nanoseconds,
-    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
+    ) -> PyResult<Transitions<'py>> {
+        let transitions = self.completed(response, reused, now_ns.0)?;
+        (!transitions.is_empty()).then(|| PyTuple::new(py, transitions.into_iter().map(Transition))).transpose()
+    }
+
+    /// An answer to `head` that is whole in `data` and has nothing about it that would have to be thought over: as it goes to the client,
+    /// with the lease given back as by `complete`.
+    #[pyo3(signature = (parser, head, keep_alive, reused, data, now_ns, /))]
+    #[allow(clippy::too_many_arguments)]
+    fn answer<'py>(
+        &self,
+        py: Python<'py>,
+        parser: &HeadParser,
+        head: &RequestHead,
+        keep_alive: bool,
+        reused: bool,
+        data: &[u8],
+        now_ns: Nanoseconds,
+    ) -> PyResult<Option<Answer<'py>>> {
+        let Ok(Some((response, Some(stays)))) = parser.response(data, head, now_ns.0) else { return Ok(None) };
+        if response.head.status() >= 400 || !response.fits(head) {
+            return Ok(None);
+        }
+        let answer = response.written_as_it_is(py, head, keep_alive, data);
+        match self.completed(&response, reused, now_ns.0) {
+            Ok(transitions) if transitions.is_empty() => Ok(Some((answer, stays, None, None))),
+            Ok(transitions) => {
+                let transitions = PyTuple::new(py, transitions.into_iter().map(Transition))?;
+                Ok(Some((answer, stays, Some(transitions), None)))
+            }
+            // The region's lock could not be had.
+            Err(_) => Ok(Some((answer, stays, None, Some(Bound::new(py, response)?)))),
+        }
+    }
+}
+
+type Transitions<'py> = Option<Bound<'py, PyTuple>>;
+
+/// What the client gets; whether the worker's connection can be used again; machines that moved; if the lease could not be given back, the
+/// answer, to be told when it can.
+type Answer<'py> = (Bound<'py, PyBytes>, bool, Transitions<'py>, Option<Bound<'py, Response>>);
+
+impl Lease {
+    fn completed(&self, response: &Response, reused: bool, now_ns: u64) -> Result<Vec<router::Transition>, Error> {
         self.0.count_delivery(Some(reused), Some(&response.arrivals));
         let (prompt_tokens, completion_tokens, cached_tokens) = response.tokens();
         let outcome = Outcome {
@@ -197,12 +241,8 @@ impl Lease {
             completion_tokens,
             cached_tokens,
         };
-        self.0.request().finish(outcome.status, outcome.first_byte_ns, now_ns.0);
-        let transitions = self.0.release(&outcome, now_ns.0)?;
-        if transitions.is_empty() {
-            return Ok(None);
-        }
-        PyTuple::new(py, transitions.into_iter().map(Transition)).map(Some)
+        self.0.request().finish(outcome.status, outcome.first_byte_ns, now_ns);
+        self.0.release(&outcome, now_ns)
     }
 }
 
