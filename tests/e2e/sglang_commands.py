@@ -80,7 +80,7 @@ class Command:
 
 COMMANDS = [
     # Tensor parallelism.
-    Command(f"{ENGINE} {LLAMA} --tp 4", "tp 4", "0 3 0 3 0 3", quick=True),
+    Command(f"{ENGINE} {LLAMA} --tp 4", "tp 4", "0 3 0 3 0 3"),
     Command(f"{ENGINE} meta-llama/Llama-3.1-70B --tp-size 8", "tp 8", "0 7 0 7 0 7"),
     Command(f"{ENGINE} meta-llama/Llama-3.1-70B --tensor-parallel-size 8", "tp 8", "0 7 0 7 0 7"),
     Command(f"{ENGINE} {LLAMA} --tp 8 {_NODES} --node-rank 0", "tp 8", "0 7 0 7 0 7"),

@@ -210,7 +210,10 @@ def _hashes(layer: Any) -> dict[int, str]:
     "changes",
     [
         SENT | {"tp_size": 4, "ep_num_redundant_experts": 4},
-        {"tp_size": 4, "ep_size": 4, "ep_num_redundant_experts": 4, "eplb_rebalance_layers_per_chunk": 1},
+        pytest.param(
+            {"tp_size": 4, "ep_size": 4, "ep_num_redundant_experts": 4, "eplb_rebalance_layers_per_chunk": 1},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(SENT | DP | {"tp_size": 4, "ep_num_redundant_experts": 4}, marks=pytest.mark.slow),
         pytest.param(
             {"tp_size": 4, "ep_size": 2, "ep_num_redundant_experts": 4, "moe_runner_backend": "grouped_mm"},

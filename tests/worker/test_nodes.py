@@ -269,7 +269,7 @@ EXPERTS = ["--tp", "4", "--dp", "2", "--ep", "4", "--enable-dp-attention", "--mo
 @pytest.mark.parametrize(
     ("victim", "layout"),
     [
-        (0, ["demo", "--tp", "2"]),
+        pytest.param(0, ["demo", "--tp", "2"], marks=pytest.mark.slow),
         (1, ["demo", "--tp", "2"]),
         pytest.param(0, ["demo-moe", *EXPERTS], marks=pytest.mark.slow),
         pytest.param(1, ["demo-moe", *EXPERTS], marks=pytest.mark.slow),

@@ -91,7 +91,7 @@ def test_a_killed_rank_ends_the_worker(layout: list[str], victim: int) -> None:
     ("layout", "victim", "busy"),
     [
         (TP, 1, True),
-        (PP, 0, False),
+        pytest.param(PP, 0, False, marks=pytest.mark.slow),
         pytest.param(TP, 0, True, marks=pytest.mark.slow),
         pytest.param(TP, 0, False, marks=pytest.mark.slow),
         pytest.param(TP, 1, False, marks=pytest.mark.slow),
