@@ -154,11 +154,12 @@ class Layer:
         table: tuple[int, int, int, int],
         threads: int,
         group: Group | None,
+        behind: Matrix | None,
     ) -> None:
         """x, [tokens, hidden], in place. `turn`: cos and signed sin, [tokens, numbers of a head]. `pool`: addresses of
         the layer's keys and values, and how many slots they have. `seen`: int64 per token, its slot, its row in the
         table, how many tokens it sees. `table`: page table (int64), rows, columns, tokens of a page. `group`: adds up
-        what the ranks have. Raises CollectiveError."""
+        what the ranks have. `behind`: the matrix that is used behind this layer. Raises CollectiveError."""
 
 def products_are_fast() -> bool:
     """Whether this CPU has what `Matrix` is made for."""

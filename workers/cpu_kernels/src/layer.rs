@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use crate::{Cached, Matrix, Queries, add_and_norm, attend, norm_heads, rotate, silu_and_multiply, store};
+use crate::{Ahead, Cached, Matrix, Queries, add_and_norm, attend, norm_heads, rotate, silu_and_multiply, store};
 
 /// Pre-norm attention with rotary positions, then a gated MLP: a rank's part of both.
 pub struct Layer {
@@ -63,7 +63,8 @@ thread_local! {
 
 impl Layer {
     /// `x`, \[tokens, hidden\], becomes what it is after the layer. `keys` and `values`: the layer's pool. `sum` makes of a rank's part of a
-    /// vector the sum of all ranks', twice.
+    /// vector the sum of all ranks', twice; while it waits for them it can call for the weights that are used next. `behind`: what those
+    /// are behind this layer.
     ///
     /// # Errors
     /// What `sum` returns.
@@ -76,7 +77,8 @@ impl Layer {
         keys: &mut [f32],
         values: &mut [f32],
         step: Step<'_>,
-        mut sum: impl FnMut(&mut [f32]) -> Result<(), E>,
+        behind: Option<&Matrix>,
+        mut sum: impl FnMut(&mut [f32], Option<Ahead<'_>>) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { head_dim: dim, heads, kv_heads, eps, scale, .. } = *self;
         let tokens = step.slots.len();
@@ -119,14 +121,14 @@ impl Layer {
                 step.threads,
             );
             self.output.multiply(seen, part, step.threads);
-            sum(part)?;
+            sum(part, Some(self.gate_up.ahead()))?;
 
             let (gate_up, inner) = (&mut wide[..2 * tokens * inner], &mut narrow[..tokens * inner]);
             add_and_norm(x, part, &self.mlp_norm, eps, normed);
             self.gate_up.multiply(normed, gate_up, step.threads);
             silu_and_multiply(gate_up, inner, self.down.inputs());
             self.down.multiply(inner, part, step.threads);
-            sum(part)?;
+            sum(part, behind.map(Matrix::ahead))?;
             x.iter_mut().zip(part).for_each(|(x, part)| *x += *part);
             Ok(())
         })

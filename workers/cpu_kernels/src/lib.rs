@@ -14,5 +14,5 @@ mod simd;
 
 pub use attention::{Cached, Queries, attend};
 pub use layer::{Layer, Step};
-pub use matrix::{Matrix, products_are_fast};
+pub use matrix::{Ahead, Matrix, products_are_fast};
 pub use rows::{add_and_norm, norm_heads, rotate, silu_and_multiply, store};

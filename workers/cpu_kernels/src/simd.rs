@@ -124,16 +124,32 @@ pub(crate) fn has_wide() -> bool {
 /// Numbers of a block; of a sum, as many are kept apart.
 pub(crate) const LANES: usize = 16;
 
-/// Asks for memory that will be read soon.
+/// Asks for memory that will be read at once.
 #[inline(always)]
 pub(crate) fn prefetch(numbers: &[f32]) {
+    ask_for::<0>(numbers);
+}
+
+/// Asks for memory that will be read soon, not into the nearest cache, which is small.
+#[inline(always)]
+pub(crate) fn prefetch_far(numbers: &[f32]) {
+    ask_for::<1>(numbers);
+}
+
+/// `HOW_FAR`: 0 the nearest cache, 1 the next one.
+#[inline(always)]
+fn ask_for<const HOW_FAR: u8>(numbers: &[f32]) {
     #[cfg(target_arch = "x86_64")]
     for line in numbers.chunks(16) {
         #[allow(unsafe_code, reason = "a hint, for an address that is valid")]
         // SAFETY: every x86-64 has the instruction, and it reads nothing that the program could see.
         unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+            use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+            if HOW_FAR == 0 {
+                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+            }
         }
     }
     #[cfg(not(target_arch = "x86_64"))]

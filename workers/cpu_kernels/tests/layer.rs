@@ -125,7 +125,7 @@ fn a_layer_has_the_bits_of_its_operations() {
         for _ in 0..2 {
             let (mut keys, mut values) = (ours.keys.clone(), ours.values.clone());
             let mut sums = 0;
-            let done: Result<(), ()> = layer.decode(&mut x, &mut keys, &mut values, ours.step(), |part| {
+            let done: Result<(), ()> = layer.decode(&mut x, &mut keys, &mut values, ours.step(), None, |part, _| {
                 sums += 1;
                 sum(part);
                 Ok(())
@@ -144,7 +144,7 @@ fn a_sum_that_fails_is_the_last_thing_done() {
     let (mut keys, mut values) = (place.keys.clone(), place.values.clone());
     for failing in [1, 2] {
         let mut sums = 0;
-        let done = layer.decode(&mut x, &mut keys, &mut values, place.step(), |_| {
+        let done = layer.decode(&mut x, &mut keys, &mut values, place.step(), None, |_, _| {
             sums += 1;
             if sums == failing { Err("gone") } else { Ok(()) }
         });

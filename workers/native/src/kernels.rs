@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use cpu_kernels::{Cached, Layer, Matrix, Queries, Step};
+use cpu_kernels::{Ahead, Cached, Layer, Matrix, Queries, Step};
 use pyo3::prelude::*;
 use rank_comm::Dtype;
 
@@ -118,7 +118,7 @@ impl PyLayer {
         })
     }
 
-    #[pyo3(signature = (x, tokens, turn, pool, seen, table, threads, group))]
+    #[pyo3(signature = (x, tokens, turn, pool, seen, table, threads, group, behind))]
     fn decode(
         &self,
         py: Python<'_>,
@@ -130,11 +130,13 @@ impl PyLayer {
         table: (usize, usize, usize, usize),
         threads: usize,
         mut group: Option<PyRefMut<'_, PyGroup>>,
+        behind: Option<PyRef<'_, PyMatrix>>,
     ) -> PyResult<()> {
         let (layer, (cos, sin), (keys, values, pool_slots), (slots, rows, visible)) = (&self.0, turn, pool, seen);
         let (page_table, table_rows, pages_per_row, page_size) = table;
         let count = pool_slots * layer.kv_heads * layer.head_dim;
         let group = group.as_mut().map(|group| &mut group.0);
+        let behind = behind.as_ref().map(|behind| &*behind.0);
         py.detach(|| unsafe {
             let step = Step {
                 cos: numbers(cos, tokens * layer.head_dim),
@@ -149,10 +151,11 @@ impl PyLayer {
             };
             let x = numbers_mut(x, tokens * layer.attention_norm.len());
             let (keys, values) = (numbers_mut(keys, count), numbers_mut(values, count));
-            let Some(group) = group else { return layer.decode(x, keys, values, step, |_| Ok(())) };
-            layer.decode(x, keys, values, step, |part| {
+            let Some(group) = group else { return layer.decode(x, keys, values, step, None, |_, _| Ok(())) };
+            layer.decode(x, keys, values, step, behind, |part, mut ahead| {
                 let bytes = numbers_mut(part.as_mut_ptr().expose_provenance(), size_of_val(part));
-                group.all_reduce(bytes, Dtype::Float32)
+                let mut more = || ahead.as_mut().is_some_and(Ahead::more);
+                group.all_reduce_meanwhile(bytes, Dtype::Float32, &mut more)
             })
         })
         .map_err(raised)

@@ -94,6 +94,20 @@ impl Group {
     /// # Errors
     /// See [`CommError`]; `data` is then undefined.
     pub fn all_reduce(&mut self, data: &mut [u8], dtype: Dtype) -> Result<(), CommError> {
+        self.all_reduce_meanwhile(data, dtype, &mut || false)
+    }
+
+    /// The same; while the others have not come, `meanwhile` is called as long as it says that it has more to do. It should take no longer
+    /// than a microsecond at a time.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn all_reduce_meanwhile(
+        &mut self,
+        data: &mut [u8],
+        dtype: Dtype,
+        meanwhile: &mut dyn FnMut() -> bool,
+    ) -> Result<(), CommError> {
         if dtype == Dtype::Bytes || !data.len().is_multiple_of(dtype.size()) {
             return Err(CommError::Invalid(format!("no sum over {} bytes of {}", data.len(), dtype.name())));
         }
@@ -103,7 +117,7 @@ impl Group {
             if two_stages {
                 self.all_reduce_in_two_stages(chunk, dtype, total)?;
             } else {
-                self.all_reduce_at_once(chunk, dtype, total)?;
+                self.all_reduce_at_once(chunk, dtype, total, meanwhile)?;
             }
         }
         self.count(Op::AllReduce, total, begin);
@@ -279,12 +293,18 @@ impl Group {
         Ok(())
     }
 
-    fn all_reduce_at_once(&mut self, data: &mut [u8], dtype: Dtype, total: usize) -> Result<(), CommError> {
+    fn all_reduce_at_once(
+        &mut self,
+        data: &mut [u8],
+        dtype: Dtype,
+        total: usize,
+        meanwhile: &mut dyn FnMut() -> bool,
+    ) -> Result<(), CommError> {
         let op = self.begin(tag(Op::AllReduce, dtype, None, total))?;
         self.write(op, data);
         self.arrive(op);
         for member in 0..self.size() {
-            self.wait_for(member, op)?;
+            self.wait_for_meanwhile(member, op, meanwhile)?;
         }
         self.sum_slots(op, data, 0, dtype);
         Ok(())
@@ -333,7 +353,7 @@ impl Group {
         self.next = op.wrapping_add(1);
         let free_from = op.wrapping_sub(self.plan.depth as u32 - 1);
         for member in 0..self.size() {
-            self.wait_until_at(member, free_from, op)?;
+            self.wait_until_at(member, free_from, op, &mut || false)?;
         }
         self.tag(self.me, op).store(tag, Ordering::Relaxed);
         Ok(op)
@@ -345,7 +365,11 @@ impl Group {
 
     /// Until `member` has arrived at `op`, the same operation as ours.
     fn wait_for(&self, member: usize, op: u32) -> Result<(), CommError> {
-        self.wait_until_at(member, op, op)?;
+        self.wait_for_meanwhile(member, op, &mut || false)
+    }
+
+    fn wait_for_meanwhile(&self, member: usize, op: u32, meanwhile: &mut dyn FnMut() -> bool) -> Result<(), CommError> {
+        self.wait_until_at(member, op, op, meanwhile)?;
         let (theirs, ours) =
             (self.tag(member, op).load(Ordering::Relaxed), self.tag(self.me, op).load(Ordering::Relaxed));
         if theirs == ours {
@@ -363,13 +387,19 @@ impl Group {
         Err(CommError::Mismatch(text))
     }
 
-    fn wait_until_at(&self, member: usize, wanted: u32, op: u32) -> Result<(), CommError> {
+    fn wait_until_at(
+        &self,
+        member: usize,
+        wanted: u32,
+        op: u32,
+        meanwhile: &mut dyn FnMut() -> bool,
+    ) -> Result<(), CommError> {
         if member == self.me {
             return Ok(());
         }
         let begin = Instant::now();
         let arrived = |sequence: u32| sequence.wrapping_sub(wanted.wrapping_add(1)).cast_signed() >= 0;
-        self.signal(member).wait_until(arrived, self.spin, NAP, || {
+        self.signal(member).wait_until(arrived, meanwhile, self.spin, NAP, || {
             self.status().add(Counter::Heartbeat, 1);
             if let Some(text) = self.region.aborted() {
                 return Err(CommError::Aborted(text));

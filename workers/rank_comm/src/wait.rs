@@ -32,16 +32,23 @@ impl Signal {
         }
     }
 
-    /// Awake for `spin`, then asleep; `nap` is how long at a time, after which `on_nap` may end it with an error.
+    /// First calls `meanwhile` as long as that says that there is more to do, a moment each time. Then awake for `spin`, then asleep;
+    /// `nap` is how long at a time, after which `on_nap` may end it with an error.
     pub(crate) fn wait_until<E>(
         &self,
         reached: impl Fn(u32) -> bool,
+        meanwhile: &mut dyn FnMut() -> bool,
         spin: Duration,
         nap: Duration,
         mut on_nap: impl FnMut() -> Result<(), E>,
     ) -> Result<(), E> {
-        if reached(self.value()) {
-            return Ok(());
+        loop {
+            if reached(self.value()) {
+                return Ok(());
+            }
+            if !meanwhile() {
+                break;
+            }
         }
         if !spin.is_zero() {
             let begin = Instant::now();

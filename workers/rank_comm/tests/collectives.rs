@@ -287,3 +287,27 @@ fn who_waits_shows_that_it_lives() {
         group.barrier().unwrap();
     });
 }
+
+#[test]
+fn who_comes_early_does_something_else_meanwhile() {
+    let calls = on_ranks(&plans(2, 2, 64), 2, |rank, _, mut group| {
+        let mut calls = 0;
+        for late in [1, 0] {
+            if rank == late {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            let mut data = bytes(&numbers(rank, 0, 4));
+            // There is a lot to do for the one that waits first, and little for the other.
+            let mut more = || {
+                calls += 1;
+                late == 1 || calls < 3
+            };
+            group.all_reduce_meanwhile(&mut data, Dtype::Float32, &mut more).unwrap();
+            let sum: Vec<f32> = numbers(0, 0, 4).iter().zip(numbers(1, 0, 4)).map(|(a, b)| a + b).collect();
+            assert_eq!(data, bytes(&sum));
+        }
+        calls
+    });
+    assert!(calls[0] > 1000, "{calls:?}");
+    assert!((1..1000).contains(&calls[1]), "{calls:?}");
+}

@@ -8,6 +8,7 @@ the decoder, `Stage`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,6 +73,9 @@ class Decoder:
         if stage.embeds or (stage.ends and tied):
             self._embedding = Embedding(source, "model.embed_tokens", vocab, hidden, among)
         self.layers = [DecoderLayer(config, source, number, index, stage) for index, number in enumerate(stage.layers)]
+        for whole, behind in pairwise(layer.whole for layer in self.layers):
+            if whole is not None and behind is not None:
+                whole.behind = behind.first
         if stage.ends:
             self._norm = RmsNorm(source, "model.norm", hidden, config.rms_norm_eps)
             if tied and self._embedding is not None:
@@ -139,9 +143,9 @@ class DecoderLayer:
         else:
             self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts, number)
         self.sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends
-        self._whole: WholeLayer | None = None
+        self.whole: WholeLayer | None = None
         if not stage.dp_attention:
-            self._whole = WholeLayer.of(self._attention_norm, self._attention, self._mlp_norm, self.mlp, group)
+            self.whole = WholeLayer.of(self._attention_norm, self._attention, self._mlp_norm, self.mlp, group)
 
     def __call__(
         self,
@@ -154,8 +158,8 @@ class DecoderLayer:
         step: DecodeStep | None,
     ) -> torch.Tensor:
         """[tokens, hidden] -> the same, in x. `step`: if every token decodes."""
-        if self._whole is not None and step is not None:
-            self._whole(x, step, attention)
+        if self.whole is not None and step is not None:
+            self.whole(x, step, attention)
             return x
         inner = self.attend(x, cos_sin, rope, attention, batch)
         if self.sends:

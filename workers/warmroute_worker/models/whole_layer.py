@@ -55,8 +55,12 @@ class DecodeStep(NamedTuple):
 class WholeLayer:
     """Attention and MLP with their norms and sums; weights are those of the layer itself."""
 
-    def __init__(self, native: _native.Layer, index: int, group: _native.Group | None) -> None:
+    def __init__(self, native: _native.Layer, index: int, group: _native.Group | None, first: _native.Matrix) -> None:
         self._native, self._index, self._group = native, index, group
+        self.first = first
+        """What it reads first."""
+        self.behind: _native.Matrix | None = None
+        """What is read behind it, for ranks that wait for others to call for meanwhile."""
 
     @classmethod
     def of(
@@ -79,7 +83,7 @@ class WholeLayer:
             attention.head_dim**-0.5,
             (attention.num_heads, attention.num_kv_heads, attention.head_dim),
         )
-        return cls(native, attention.index, group.native if isinstance(group, SharedMemoryGroup) else None)
+        return cls(native, attention.index, group.native if isinstance(group, SharedMemoryGroup) else None, packed[0])
 
     def __call__(self, x: torch.Tensor, step: DecodeStep, attention: PagedAttention) -> None:
         """[tokens, hidden] x becomes what it is after the layer."""
@@ -88,5 +92,5 @@ class WholeLayer:
         keys, values = attention.pool.keys[self._index], attention.pool.values[self._index]
         pool = keys.data_ptr(), values.data_ptr(), keys.shape[0]
         self._native.decode(
-            x.data_ptr(), step.tokens, step.turn, pool, step.seen, step.table, step.threads, self._group
+            x.data_ptr(), step.tokens, step.turn, pool, step.seen, step.table, step.threads, self._group, self.behind
         )
