@@ -125,8 +125,8 @@ class ModelRunner:
     def forward(self, plan: StepPlan, before: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor | None:
         """One step. `before` fills in what the stage before has made of the tokens, where this is not the first.
 
-        Returns [tokens, hidden] where this is not the last stage; else [sampled, vocab] float32 at the group's first
-        rank and None at the others.
+        Returns [tokens, hidden] where this is not the last stage; else [wanted, vocab] float32 at the group's first
+        rank and None at the others: rows of the sampled sequences, then of what is told.
         """
         # With DP attention a rank without tokens has its share of everybody's MLPs.
         tokens = sum(record.tokens for record in plan.records)
@@ -149,17 +149,17 @@ class ModelRunner:
             both = [(batch, self._rows(of_half)) for batch, of_half in zip(batches, counts, strict=True)]
             x = self.model.forward_halves(x, self.attention, both)
         self._stored_tokens += len(plan.token_ids)
-        sampled = [record.sampled for record in records]
         if not self.stage.ends:
             return x
-        if not any(sampled):
+        logit_rows = [record.logit_rows for record in records]
+        if not any(logit_rows):
             return None
-        wanted = np.cumsum(plan.lengths, dtype=np.int64)[plan.sampled] - 1
+        wanted = np.concatenate([np.cumsum(plan.lengths, dtype=np.int64)[plan.sampled] - 1, plan.told.rows])
         if halves is not None:
             # The first half is filled up, too.
             wanted[wanted >= plan.first_half] += len(batches[0].positions) - plan.first_half
         x = x[torch.from_numpy(rounded_up(wanted, self._rounded)).to(self._device)]
-        logits = self.model.logits(x, self._rows(sampled), samples=self.place.samples)
+        logits = self.model.logits(x, self._rows(logit_rows), samples=self.place.samples)
         return None if logits is None else logits[: len(wanted)]
 
     def stepped(self) -> None:

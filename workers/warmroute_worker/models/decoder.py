@@ -109,8 +109,8 @@ class Decoder:
         return forward(self.layers, (first, second), self._rope, attention)
 
     def logits(self, x: torch.Tensor, rows: StepRows, *, samples: bool) -> torch.Tensor | None:
-        """[sampled, hidden] -> [sampled, vocab] float32 where tokens are drawn, None elsewhere; in the last stage only.
-        `rows`: of whom there are how many sampled ones."""
+        """[wanted, hidden] -> [wanted, vocab] float32 where tokens are drawn, None elsewhere; in the last stage only.
+        `rows`: who wants how many."""
         assert self._head is not None
         x = self._norm(x)
         own = range(len(x))
