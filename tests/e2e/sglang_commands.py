@@ -142,6 +142,12 @@ COMMANDS = [
     Command(f"{ENGINE} {V3} --tp 8 --ep 8 --moe-a2a-backend deepep", "tp 8, ep 8", "0 7 0 7 7 0", remarks=(A2A,)),
     # DP attention.
     Command(
+        f"{ENGINE} deepseek-ai/DeepSeek-R1 --tp 8 --dp 8 --enable-dp-attention --ep-size 8 --enable-torch-compile",
+        "tp 8, dp attention 8, ep 8",
+        "0 7 7 0 7 0",
+        schedulers=8,
+    ),
+    Command(
         f"{ENGINE} {V3} --tp-size 8 --dp-size 8 --enable-dp-attention",
         "tp 8, dp attention 8",
         "0 7 7 0 0 7",
@@ -228,10 +234,6 @@ REFUSED = [
     (
         f"{ENGINE} {LLAMA} --tp 2 --dp-size 2 {_NODES} --node-rank 0",
         "multi-node data parallel is not supported unless dp attention!",
-    ),
-    (
-        f"{ENGINE} deepseek-ai/DeepSeek-R1 --tp 8 --dp 8 --enable-dp-attention --ep-size 8 --enable-torch-compile",
-        "--enable-torch-compile is an SGLang option this worker does not implement",
     ),
     (f"{ENGINES_AND_ROUTER} {LLAMA} --tp 8 {_NODES} --node-rank 0", "start launch_worker on each node"),
 ]

@@ -145,7 +145,15 @@ class FakeDriver:
             if told is not None:  # as the engine does, of one token at a time
                 assert len(ids) == 1
                 logprobs = messages.TokenLogprobs(-0.5, [(ids[0], -0.5), (ord("z"), -1.5)][:told])
-            rows.append(messages.Row(rid, ids, finish, request.cached_tokens, None, logprobs))
+            first = request.generate.sampling.prompt_logprobs_from
+            of_prompt = None
+            if first is not None and request.sent == 1:
+                prompt = request.generate.token_ids
+                of_prompt = [
+                    messages.TokenLogprobs(-float(place), [(ord("y"), -0.25), (prompt[place], -float(place))][:told])
+                    for place in range(first, len(prompt))
+                ]
+            rows.append(messages.Row(rid, ids, finish, request.cached_tokens, None, logprobs, of_prompt))
         if rows:
             self._send(messages.StepOutput(rows=rows, load=self._load()))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from warmroute_worker.kv.cache import KvCache
-from warmroute_worker.messages import Generate, Row
+from warmroute_worker.messages import Generate, Row, TokenLogprobs
 from warmroute_worker.scheduler.scheduler import Limits, Scheduler
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ def expected_answer(message: Generate, room: int) -> tuple[list[int], str]:
     return tokens[len(message.token_ids) :], "length"
 
 
+def toy_logprobs(before: Iterable[int], token: int) -> TokenLogprobs:
+    """What the toy model says of a token: depends on every one before."""
+    return TokenLogprobs(-float(next_token(before)), [(token, 0.0)])
+
+
 class ToyExecutor:
     """What an executor must do with a plan, and nothing else: "keys and values" are the tokens themselves."""
 
@@ -47,10 +52,12 @@ class ToyExecutor:
         self.page_table = np.zeros((num_rows, -(-context_length // PAGE)), int)
         self.computed = 0
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(self, plan: StepPlan) -> tuple[list[int], dict[int, TokenLogprobs]]:
         for row, index, page in plan.page_updates:
             self.page_table[row, index] = page
-        sampled, offset = [], 0
+        sampled: list[int] = []
+        offset = 0
+        tokens_before: list[list[int]] = []
         for row, start, length, samples in zip(plan.rows, plan.starts, plan.lengths, plan.sampled, strict=True):
             places = np.arange(start + length)
             slots = self.page_table[row, places // PAGE] * PAGE + places % PAGE
@@ -58,10 +65,14 @@ class ToyExecutor:
             self.slots[slots[start:]] = plan.token_ids[offset : offset + length]
             if samples:
                 sampled.append(next_token(self.slots[slots].tolist()))
+            if len(plan.told):
+                tokens_before += [self.slots[slots[: end + 1]].tolist() for end in range(start, start + length)]
             offset += length
         assert offset == len(plan.token_ids)
         self.computed += offset
-        return sampled
+        told = zip(plan.told.rows.tolist(), plan.told.ids.tolist(), strict=True)
+        of_prompts = [toy_logprobs(tokens_before[row], token) for row, token in told]
+        return sampled, dict(enumerate(of_prompts, len(sampled)))
 
 
 class Run:
@@ -100,7 +111,7 @@ class Run:
                 break
             self.under_way.append(plan)
         plan = self.under_way.popleft()
-        for row in self.scheduler.apply(self.executor.execute(plan)).rows:
+        for row in self.scheduler.apply(*self.executor.execute(plan)).rows:
             self.rows.setdefault(row.rid, []).append(row)
         self.scheduler.check_integrity()
         self.plans.append(plan)

@@ -67,6 +67,7 @@ EVERY_KIND: list[Message] = [
             Row("r1", [3, 4], None, 16, None),
             Row("r2", [], "error", 0, "too long"),
             Row("r3", [9], None, 0, None, TokenLogprobs(-0.5, [(9, -0.5), (1, -1.5)])),
+            Row("r4", [9], None, 0, None, TokenLogprobs(-0.5, []), [TokenLogprobs(-0.25, [(7, -0.25)])]),
         ],
         Load(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.5, 10),
     ),

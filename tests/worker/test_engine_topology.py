@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmroute_worker.step_plan import LogitChanges, SamplingColumns, StepPlan
+from warmroute_worker.step_plan import LogitChanges, SamplingColumns, StepPlan, ToldColumns
 from warmroute_worker.topology import TENSOR_GROUPS, Layout, Nodes, kv_heads, share
 from warmroute_worker.watchdog import Watchdog
 
@@ -148,6 +148,7 @@ def test_a_plan_arrives_as_it_was_sent(sequences: int, changes: int, updates: in
             added=logit_changes(),
         ),
         page_updates=numbers(3 * updates, np.int32).reshape(-1, 3),
+        told=ToldColumns(*(numbers(updates, np.int64) for _ in range(3))),
     )
     arrived = StepPlan.decode(plan.encode())
     sent_columns, columns = plan._columns(), arrived._columns()

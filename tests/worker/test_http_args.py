@@ -45,6 +45,7 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         disable_custom_all_reduce=True,
         enable_priority_scheduling=True,
         enable_p2p_check=True,
+        enable_torch_compile=True,
         attention_backend="triton",
         kv_events_config='{"publisher": "zmq"}',
         disable_cuda_graph=True,
@@ -104,6 +105,10 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         (
             ["--model-path", "m", "--tp", "2", "--ep", "2", "--enable-eplb", "--enable-deterministic-inference"],
             "--enable-deterministic-inference wants experts that stay where they are",
+        ),
+        (
+            ["--model-path", "m", "--enable-torch-compile", "--enable-deterministic-inference"],
+            "leave out one of them",
         ),
         (["--model-path", "m", "--kv-events-config", "{"], "--kv-events-config is not JSON"),
         (["--model-path", "m", "--kv-events-config", "[]"], "--kv-events-config must be a JSON object"),

@@ -38,6 +38,8 @@ class Model:
     folder: Path
     prompts: list[list[int]]
     expected: list[list[int]]
+    logprobs: list[list[float]]
+    """Of each prompt's tokens but the first."""
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +60,23 @@ model = LlamaForCausalLM(config).float().eval()
 model.save_pretrained({str(folder)!r})
 draw = random.Random(3)
 prompts = [[draw.randrange(256) for _ in range(length)] for length in {PROMPT_LENGTHS}]
-answers = []
+answers, logprobs = [], []
 for prompt in prompts:
     ids = torch.tensor([prompt])
+    with torch.no_grad():
+        shares = torch.log_softmax(model(ids).logits[0, :-1].double(), -1)
+    logprobs.append(shares.gather(1, ids[0, 1:, None])[:, 0].tolist())
     for _ in range({NEW_TOKENS}):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     answers.append(ids[0, len(prompt):].tolist())
-print(json.dumps([prompts, answers]))
+print(json.dumps([prompts, answers, logprobs]))
 """
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    prompts, expected = json.loads(output.splitlines()[-1])
+    prompts, expected, logprobs = json.loads(output.splitlines()[-1])
     assert len({tuple(answer) for answer in expected}) == len(expected), "the answers depend on the prompts"
     assert all(len(set(answer)) > 5 for answer in expected), "and are not one token over and over"
-    return Model(folder, prompts, expected)
+    return Model(folder, prompts, expected, logprobs)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,27 @@ def test_greedy_tokens_are_those_of_transformers_cold_and_warm(model: Model, cli
         following = greedy(client, [*prompt, *expected[:16]], new_tokens=16)
         assert following["output_ids"] == expected[16:], "on top of what the worker has generated itself"
         assert following["meta_info"]["cached_tokens"] == (len(prompt) + 15) // 16 * 16
+
+
+def test_prompts_are_scored_as_evaluation_harnesses_do(model: Model, client: httpx.Client) -> None:
+    """Context and continuation echoed with logprobs, and the one token that is generated taken off at the end; cold and
+    with the prompts cached."""
+    body = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "prompt": model.prompts}
+    for _ in range(2):
+        choices = client.post("/v1/completions", json=body).json()["choices"]
+        for prompt, expected, choice in zip(model.prompts, model.logprobs, choices, strict=True):
+            told, context = choice["logprobs"], max(len(prompt) // 2, 1)
+            scores = told["token_logprobs"][context:-1]
+            assert scores == pytest.approx(expected[context - 1 :], abs=1e-3)
+            likeliest = [max(top.values()) for top in told["top_logprobs"][context:-1]]
+            assert all(score <= best for score, best in zip(scores, likeliest, strict=True))
+            assert len(told["tokens"]) == len(prompt) + 1
+    asking = {"return_logprob": True, "logprob_start_len": 0}
+    for prompt, expected in zip(model.prompts, model.logprobs, strict=True):
+        first, *others = greedy(client, prompt, 1, **asking)["meta_info"]["input_token_logprobs"]
+        assert first == [None, prompt[0], None]
+        assert [token for _, token, _ in others] == prompt[1:]
+        assert [logprob for logprob, _, _ in others] == pytest.approx(expected, abs=1e-3)
 
 
 def test_all_at_once_and_streamed(model: Model, client: httpx.Client) -> None:

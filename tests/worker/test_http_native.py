@@ -109,7 +109,9 @@ async def test_input_ids_and_defaults(app: RunningApp) -> None:
         ({"text": "a", "rid": 3}, "rid"),
         ({"text": "a", "sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
         ({"text": "a", "return_logprob": 1}, "return_logprob"),
-        ({"text": "a", "return_logprob": True, "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": 2}, "logprob_start_len"),
+        ({"text": ["abc", "a"], "return_logprob": True, "logprob_start_len": 2}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
         ({"text": "a", "image_data": "x"}, "image_data"),
         ({"text": "a", "data_parallel_rank": 3}, "data_parallel_rank"),
         ({"text": "a" * 512}, "text"),
@@ -197,4 +199,35 @@ async def test_logprobs(app: RunningApp) -> None:
     meta = answer["meta_info"]
     assert meta["output_token_logprobs"] == [[-0.5, token, None] for token in answer["output_ids"]]
     assert meta["output_top_logprobs"][0] == [[-0.5, ord("a"), None], [-1.5, ord("z"), None]]
-    assert "output_token_logprobs" not in (await app.post("/generate", text="ab")).json()["meta_info"]
+    assert meta["input_token_logprobs"] == meta["input_top_logprobs"] == []
+    silent = await app.post("/generate", text="ab", logprob_start_len=0)
+    assert not [name for name in silent.json()["meta_info"] if "logprob" in name]
+
+
+async def test_logprobs_of_the_prompt(app: RunningApp) -> None:
+    """From `logprob_start_len` on; of the first token there nothing is said, as in SGLang."""
+    app.driver.tokens_per_step = 1
+    app.driver.step_seconds = 0.01
+    asking: dict[str, Any] = {"text": "abcd", "return_logprob": True, "top_logprobs_num": 1}
+
+    async def told(**changes: Any) -> Any:
+        return (await app.post("/generate", **(asking | changes))).json()
+
+    meta = (await told(logprob_start_len=0))["meta_info"]
+    assert meta["input_token_logprobs"] == [[None, 97, None], [-1.0, 98, None], [-2.0, 99, None], [-3.0, 100, None]]
+    assert meta["input_top_logprobs"] == [None, *[[[-0.25, ord("y"), None]]] * 3]
+    assert len(meta["output_token_logprobs"]) == meta["completion_tokens"]
+    later = (await told(logprob_start_len=2))["meta_info"]
+    assert later["input_token_logprobs"] == [[None, 99, None], [-3.0, 100, None]]
+    for start, expected in ((3, [[None, 100, None]]), (4, [])):
+        assert (await told(logprob_start_len=start))["meta_info"]["input_token_logprobs"] == expected
+    both = await told(logprob_start_len=0, sampling_params={"n": 2})
+    assert [answer["meta_info"]["input_token_logprobs"] for answer in both] == [meta["input_token_logprobs"]] * 2
+
+    for batch in ("abcd", ["abcd"]):
+        response = await app.post("/generate", **asking | {"text": batch}, logprob_start_len=0, stream=True)
+        events = [json.loads(event)["meta_info"] for event in sse_data(response.text)[:-1]]
+        assert len(events) > 1
+        for event in events:
+            assert event["input_token_logprobs"] == meta["input_token_logprobs"]
+            assert event["input_top_logprobs"] == meta["input_top_logprobs"]

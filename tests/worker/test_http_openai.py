@@ -13,7 +13,10 @@ import pytest
 from tests.worker.byte_model import ASSISTANT, SYSTEM, USER, byte_fallback_tokenizer, chat_ids, write_folder
 from tests.worker.http_fixtures import RunningApp, running_app, sse_data
 from warmroute_worker import messages
+from warmroute_worker.http import logprobs
 from warmroute_worker.http.app import MAX_BODY_BYTES
+from warmroute_worker.messages import TokenLogprobs
+from warmroute_worker.request_state import RequestState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -257,7 +260,7 @@ async def test_cached_tokens_of_the_second_turn(app: RunningApp) -> None:
         ("completions", {"prompt": [1, -3]}, "prompt"),
         ("completions", {"prompt": [[1], [320]]}, "prompt[1]"),
         ("completions", {"prompt": "a" * 512}, "prompt"),
-        ("completions", {"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
+        ("completions", {"prompt": "a", "echo": True, "logprobs": 21}, "logprobs"),
         ("completions", {"prompt": "a", "echo": "yes"}, "echo"),
         ("completions", {"prompt": "a", "priority": "high"}, "priority"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
@@ -422,6 +425,49 @@ async def test_logprobs_of_a_completion(app: RunningApp) -> None:
     response = await app.post("/v1/completions", prompt="abc", logprobs=1, stream=True)
     events = [json.loads(event)["choices"][0] for event in sse_data(response.text)[:-1]]
     assert [offset for event in events if event["logprobs"] for offset in event["logprobs"]["text_offset"]] == [0, 1, 2]
+
+
+async def test_logprobs_of_an_echoed_prompt(app: RunningApp) -> None:
+    """Prompt and answer together, the token that ended it included: who scores a prompt takes off what is new."""
+    app.driver.tokens_per_step = 1
+    app.driver.step_seconds = 0.01
+    body = {"prompt": "aéb", "echo": True, "logprobs": 1}
+    answer = (await app.post("/v1/completions", **body)).json()
+    choice, usage = answer["choices"][0], answer["usage"]
+    told = choice["logprobs"]
+    assert choice["text"] == "aébaéb"
+    assert told["token_logprobs"] == [None, -1.0, -2.0, -3.0, *[-0.5] * 5]
+    assert len(told["tokens"]) == usage["prompt_tokens"] + usage["completion_tokens"]
+    half = "\ufffd"
+    assert told["tokens"] == [*["a", half, half, "b"] * 2, ""]
+    assert told["top_logprobs"] == [
+        None,
+        *[{"y": -0.25}] * 3,
+        {"a": -0.5},
+        *[{half: -0.5}] * 2,
+        {"b": -0.5},
+        {"": -0.5},
+    ]
+    assert told["text_offset"][:5] == [0, 1, 1, 2, 3], "of the prompt also where a character takes two tokens"
+    [first, *_] = (await app.post("/v1/completions", **body | {"logprobs": 2, "max_tokens": 1})).json()["choices"]
+    assert first["logprobs"]["top_logprobs"][1] == {"y": -0.25, half: -1.0}
+
+    response = await app.post("/v1/completions", **body, stream=True)
+    events = [json.loads(event)["choices"][0] for event in sse_data(response.text)[:-1]]
+    assert "".join(event["text"] for event in events) == choice["text"]
+    for name in ("tokens", "token_logprobs", "top_logprobs"):
+        assert [value for event in events if event["logprobs"] for value in event["logprobs"][name]] == told[name]
+    assert events[0]["logprobs"]["text_offset"] == [0, 1, 1, 2, 3]
+    silent = (await app.post("/v1/completions", prompt="ab", echo=True)).json()["choices"][0]
+    assert silent["logprobs"] is None
+
+
+async def test_of_tokens_with_the_same_text_the_likeliest_is_told(app: RunningApp) -> None:
+    state = RequestState("r", "r", 1, app.service.tokenizer.detokenizer([]), (), frozenset(), asyncio.Event(), True, 0)
+    state.advance([97], "length", 0, None, TokenLogprobs(-0.5, [(0xC3, -0.5), (0xA9, -1.0), (97, -2.0)]))
+    told = logprobs.of_completion(app.service.tokenizer, state, 0, 0)
+    assert told is not None
+    assert told["top_logprobs"] == [{"\ufffd": -0.5, "a": -2.0}]
 
 
 async def test_echo_puts_the_prompt_before_the_answer(tmp_path: Path) -> None:

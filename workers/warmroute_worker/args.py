@@ -114,6 +114,8 @@ class WorkerArgs:
     """Add up over gloo (CPU) or NCCL (CUDA) instead of through shared memory."""
     enable_deterministic_inference: bool = False
     """The same bits for a request whatever is computed beside it, cached or in chunks."""
+    enable_torch_compile: bool = False
+    """Ordinary MLPs are compiled by torch at start."""
     enable_priority_scheduling: bool = False
     """Requests with a higher `priority` are admitted first; without it priorities are ignored."""
     enable_p2p_check: bool = False
@@ -215,6 +217,11 @@ class WorkerArgs:
             "--enable-deterministic-inference wants experts that stay where they are and are computed one by one: "
             "leave out --enable-eplb, --ep-num-redundant-experts and --moe-runner-backend",
         )
+        _check(
+            not (self.enable_deterministic_inference and self.enable_torch_compile),
+            "--enable-deterministic-inference wants products whose rows do not depend on each other, and "
+            "--enable-torch-compile has torch's; leave out one of them",
+        )
         for flag in ("eplb_min_rebalancing_utilization_threshold", "tbo_token_distribution_threshold"):
             _check(0 <= getattr(self, flag) <= 1, f"{_dashed(flag)} must be between 0 and 1, got {getattr(self, flag)}")
         _check(self.dist_timeout > 0, f"--dist-timeout must be above 0, got {self.dist_timeout}")
@@ -273,6 +280,7 @@ class WorkerArgs:
             "ep_size": layout.ep_size,
             "moe_a2a_backend": "built-in all-to-all" if self.sends_rows else "none",
             "enable_two_batch_overlap": self.cuts_steps,
+            "enable_torch_compile": self.enable_torch_compile,
             "moe_runner_backend": "grouped_mm" if self.moe_runner_backend in GROUPED_RUNNERS else "loop",
             "load_balance_method": "round_robin" if self.load_balance_method == "auto" else self.load_balance_method,
             "max_running_requests_per_dp_rank": running,

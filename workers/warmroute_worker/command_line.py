@@ -64,7 +64,6 @@ _REFUSED: dict[str, str] = {
     "--enable-lora": "LoRA adapters are not supported",
     "--enable-metrics": "metrics are always on at GET /metrics",
     "--enable-mixed-chunk": "it comes with a later release",
-    "--enable-torch-compile": "it comes with a later release",
     "--is-embedding": "only text generation is supported",
     "--kv-cache-dtype": "the KV pool has the model's dtype",
     "--lora-paths": "LoRA adapters are not supported",
@@ -152,6 +151,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--enable-eplb", "move experts between ranks so that each has as much to do"),
         ("--enable-two-batch-overlap", "compute one half of a step while the other's rows are on their way"),
         ("--disable-cuda-graph", "accepted: there are no CUDA graphs yet"),
+        ("--enable-torch-compile", "let torch compile ordinary MLPs at start; on a CPU usually slower"),
         ("--enable-deterministic-inference", "the same bits whatever is computed beside a request (float32 on CPU)"),
     ):
         parser.add_argument(flag, action="store_true", help=text)

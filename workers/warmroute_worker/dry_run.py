@@ -31,6 +31,7 @@ def describe(args: WorkerArgs) -> list[str]:
     try:
         config = model_config.read(model_folder.resolve(args.model_path))
         model_config.check_layout(config, layout)
+        model_config.check_compiled(config, args.enable_torch_compile)
         lines[1:1] = model_config.remarks(config, layout)
     except (LookupError, StartupError) as error:
         lines.append(f"this would not start: {error}")

@@ -174,4 +174,5 @@ def read_model(args: WorkerArgs) -> tuple[Path, ModelConfig]:
     config = model_config.read(folder)
     model_config.check_tokenizer(folder, config.vocab_size)
     model_config.check_layout(config, args.layout)
+    model_config.check_compiled(config, args.enable_torch_compile)
     return folder, config

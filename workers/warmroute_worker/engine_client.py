@@ -184,12 +184,13 @@ class EngineClient(asyncio.Protocol):
     def _step(self, output: messages.StepOutput, now: float) -> None:
         self.load = output.load
         self._metrics.throughput.observe(output.load.generation_tokens_total, now)
-        for rid, token_ids, finish_reason, cached_tokens, error, logprobs in output.rows:
+        for row in output.rows:
+            rid, token_ids = row.rid, row.token_ids
             state = self.live.get(rid)
             if state is None:  # cancelled here while the step ran there
                 continue
             self._observe(state, len(token_ids), now)
-            stopped_here = state.advance(token_ids, finish_reason, cached_tokens, error, logprobs)
+            stopped_here = state.advance(*row[1:])
             if state.finish is not None:
                 self._forget(rid)
                 self._metrics.requests.inc()

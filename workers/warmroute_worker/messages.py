@@ -39,6 +39,9 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     """How many of the likeliest tokens are reported with each generated one; None: not even its own logprob."""
+    prompt_logprobs_from: int | None = None
+    """The prompt's tokens from this one on are told, too, with as many of the likeliest as `logprobs` says; at least 1,
+    since nothing is before the first. None: none are. What is told is computed, even if it is cached."""
     min_new_tokens: int = 0
     """Before so many, nothing that would end the answer is generated."""
 
@@ -161,7 +164,7 @@ class Failed:
 
 
 class TokenLogprobs(NamedTuple):
-    """Of one generated token, as the model gave them: before temperature, penalties and biases."""
+    """Of one token, as the model gave them: before temperature, penalties and biases."""
 
     own: float
     top: list[tuple[int, float]]
@@ -182,6 +185,8 @@ class Row(NamedTuple):
     """One line, only with finish_reason `error`; such a request got no tokens because it could never run."""
     logprobs: TokenLogprobs | None = None
     """Of the one new token, for a request that asked for it."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the prompt's tokens from `prompt_logprobs_from` on, in the row of the first new token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,10 +304,16 @@ class FrameReader:
 
 def _row(values: list[Any]) -> Row:
     row = Row(*values)
-    if row.logprobs is None:
-        return row
-    own, top = row.logprobs
-    return row._replace(logprobs=TokenLogprobs(own, [(token, logprob) for token, logprob in top]))
+    if row.logprobs is not None:
+        row = row._replace(logprobs=_token_logprobs(row.logprobs))
+    if row.prompt_logprobs is not None:
+        row = row._replace(prompt_logprobs=[_token_logprobs(told) for told in row.prompt_logprobs])
+    return row
+
+
+def _token_logprobs(values: Any) -> TokenLogprobs:
+    own, top = values
+    return TokenLogprobs(own, [(token, logprob) for token, logprob in top])
 
 
 def _fields(value: Any) -> dict[str, Any]:

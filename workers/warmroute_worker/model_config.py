@@ -221,6 +221,16 @@ def check_layout(config: ModelConfig, layout: Layout) -> None:
         raise ModelError(f"--pp-size {layout.pp_size} is more than the model's {config.num_layers} layers")
 
 
+def check_compiled(config: ModelConfig, wanted: bool) -> None:
+    """Raises ModelError if there is nothing for `--enable-torch-compile` to compile."""
+    moe = config.moe
+    if wanted and moe is not None and not moe.dense_layers and not moe.shared_intermediate_size:
+        raise ModelError(
+            f"--enable-torch-compile compiles ordinary MLPs and shared experts, and this {config.architectures[0]} has "
+            "neither; remove it"
+        )
+
+
 def remarks(config: ModelConfig, layout: Layout) -> list[str]:
     """Lines for the operator about a model that is divided like that."""
     if layout.dp_attention and config.moe is None:

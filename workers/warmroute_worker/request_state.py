@@ -47,11 +47,14 @@ class RequestState:
         "arrived",
         "cached_tokens",
         "changed",
+        "echoed",
         "finish",
         "last_token_at",
         "logprobs",
         "name",
         "output_ids",
+        "prompt_ids",
+        "prompt_logprobs",
         "prompt_tokens",
         "rid",
         "wants_steps",
@@ -82,6 +85,12 @@ class RequestState:
         self.output_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         """Of each of `output_ids`, when they were asked for."""
+        self.prompt_ids: list[int] = []
+        """The end of the prompt whose logprobs were asked for; of its first token nothing is said."""
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        """Of each of `prompt_ids`, from the first token of the answer on."""
+        self.echoed = 0
+        """Characters before the answer."""
         self.finish: Finish | None = None
         self.arrived = now
         self.last_token_at: float | None = None
@@ -103,6 +112,7 @@ class RequestState:
         cached_tokens: int,
         error: str | None,
         logprobs: TokenLogprobs | None = None,
+        prompt_logprobs: Sequence[TokenLogprobs] | None = None,
     ) -> bool:
         """Takes one row of a step. Returns whether a stop string ended the answer before the engine did."""
         first = self.cached_tokens is None
@@ -111,6 +121,8 @@ class RequestState:
         self.output_ids += token_ids
         if logprobs is not None:
             self.logprobs.append(logprobs)
+        if prompt_logprobs is not None and self.prompt_ids:
+            self.prompt_logprobs = [None, *prompt_logprobs]
         ends_at = self.output_ids[-1] if finish_reason == "stop" and self.output_ids else None
         trimmed = ends_at is not None and ends_at in self._trimmed and bool(token_ids)
         text = self._stop.feed(self._detokenizer.feed(token_ids[:-1] if trimmed else token_ids))
@@ -131,6 +143,7 @@ class RequestState:
     def begin_with(self, text: str) -> None:
         """Put `text` before the answer, which stop strings do not look at."""
         self._pending.append(text)
+        self.echoed = len(text)
 
     def fail(self, kind: Literal["abort", "error"], message: str) -> None:
         self.finish = Finish(kind, message=message)

@@ -29,8 +29,8 @@ class Record(NamedTuple):
     """What data-parallel ranks tell each other before each step. Sent as `RECORD_NUMBERS` int64, the rest is spare."""
 
     tokens: int
-    sampled: int
-    """Sequences that get a token."""
+    logit_rows: int
+    """Of logits that are wanted: one for each sequence that gets a token, and for each prompt token that is told."""
     mode: int
     first_half: int = 0
     """Tokens of the first of two halves in which it could be computed; 0: in one piece only."""
@@ -52,6 +52,24 @@ class LogitChanges:
 
 
 NO_CHANGES = LogitChanges(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+@dataclass(frozen=True)
+class ToldColumns:
+    """One entry per prompt token whose logprob is told, [n] each."""
+
+    rows: Int64s
+    """Of the step's tokens, the one before it, whose logits say how likely it is."""
+    ids: Int64s
+    """The token itself."""
+    tops: Int64s
+    """How many of the likeliest tokens to report beside it."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+NOTHING_TOLD = ToldColumns(*(np.empty(0, np.int64) for _ in range(3)))
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,7 @@ class StepPlan:
     sampling: SamplingColumns
     page_updates: Int32s
     """[n, 3]: row, index, page; to be written into the page table in this order, before the step."""
+    told: ToldColumns = NOTHING_TOLD
     first_half: int = 0
     """See `Record`."""
     everybody: Int64s = field(default_factory=lambda: np.empty((0, RECORD_NUMBERS), np.int64))
@@ -107,7 +126,7 @@ class StepPlan:
         """What other data-parallel ranks must know of this step."""
         tokens = len(self.token_ids)
         mode = PREFILL if (self.lengths > 1).any() else DECODE if tokens else IDLE
-        return Record(tokens, int(self.sampled.sum()), mode, self.first_half)
+        return Record(tokens, int(self.sampled.sum()) + len(self.told), mode, self.first_half)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -148,6 +167,7 @@ class StepPlan:
                     lengths=lengths.astype(np.int32),
                     token_ids=self.token_ids[low:high],
                     sampled=np.zeros(int(inside.sum()), np.bool_),
+                    told=NOTHING_TOLD,
                     page_updates=self.page_updates[: 0 if parts else None],
                 )
             )
@@ -176,6 +196,7 @@ class StepPlan:
             for kind in ("scaled", "added")
         }
         sampling = SamplingColumns(**{name: columns.pop(name) for name in _SAMPLING}, **changes)
+        columns["told"] = ToldColumns(*(columns.pop(f"told_{part}") for part in _TOLD))
         columns["page_updates"] = columns["page_updates"].reshape(-1, 3)
         columns["first_half"] = int(columns["first_half"][0])
         columns["everybody"] = columns["everybody"].reshape(-1, RECORD_NUMBERS)
@@ -187,6 +208,7 @@ class StepPlan:
         for kind in ("scaled", "added"):
             changes = columns[kind]
             columns |= {f"{kind}_{part}": getattr(changes, part) for part in ("rows", "ids", "values")}
+        columns |= {f"told_{part}": getattr(self.told, part) for part in _TOLD}
         return columns
 
 
@@ -198,6 +220,9 @@ _DTYPES: dict[str, type[np.generic]] = {
     "scaled_ids": np.int64,
     "added_rows": np.int64,
     "added_ids": np.int64,
+    "told_rows": np.int64,
+    "told_ids": np.int64,
+    "told_tops": np.int64,
     "everybody": np.int64,
     "first_half": np.int64,
     "rows": np.int32,
@@ -214,5 +239,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "sampled": np.bool_,
 }
 """Of a plan's columns, in the order in which they are sent."""
+
+_TOLD = ("rows", "ids", "tops")
 
 _SAMPLING = ("temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions", "logprobs")

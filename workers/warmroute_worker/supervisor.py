@@ -63,6 +63,7 @@ def run(args: WorkerArgs) -> int:
         folder = model_folder.resolve(args.model_path)
         config = model_config.read(folder)
         model_config.check_layout(config, args.layout)
+        model_config.check_compiled(config, args.enable_torch_compile)
     except (LookupError, StartupError) as error:
         raise StartError(str(error)) from error
     listener = _listen(args) if args.node_rank == 0 else None

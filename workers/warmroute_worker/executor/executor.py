@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from warmroute_worker.step_plan import StepPlan
 
     Drawn = tuple[Sequence[int], Mapping[int, TokenLogprobs]]
-    """The sampled tokens of a plan, in its order, and the logprobs that were asked for, by place in that order."""
+    """The sampled tokens of a plan, in its order, and the logprobs that were asked for, by place in that order; prompt
+    tokens have the places after the last."""
 
 
 @dataclass(frozen=True)

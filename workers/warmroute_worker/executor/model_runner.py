@@ -18,7 +18,7 @@ from warmroute_worker.comm.step_rows import StepRows
 from warmroute_worker.executor import memory
 from warmroute_worker.executor.expert_balancing import ExpertBalancer
 from warmroute_worker.kv.pool import KvPool, page_bytes
-from warmroute_worker.layers import native
+from warmroute_worker.layers import compiled_mlp, native
 from warmroute_worker.layers.attention import PagedAttention, rounded_up
 from warmroute_worker.layers.expert_exchange import Statistics
 from warmroute_worker.layers.expert_map import ExpertLayout
@@ -121,12 +121,15 @@ class ModelRunner:
             sizes.weight_bytes, sizes.weight_bytes // sizes.dtype.itemsize, PRODUCTS_PER_LAYER * layers
         )
 
+        if args.enable_torch_compile:
+            self._compile()
+
     @torch.inference_mode()
     def forward(self, plan: StepPlan, before: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor | None:
         """One step. `before` fills in what the stage before has made of the tokens, where this is not the first.
 
-        Returns [tokens, hidden] where this is not the last stage; else [sampled, vocab] float32 at the group's first
-        rank and None at the others.
+        Returns [tokens, hidden] where this is not the last stage; else [wanted, vocab] float32 at the group's first
+        rank and None at the others: rows of the sampled sequences, then of what is told.
         """
         # With DP attention a rank without tokens has its share of everybody's MLPs.
         tokens = sum(record.tokens for record in plan.records)
@@ -149,18 +152,27 @@ class ModelRunner:
             both = [(batch, self._rows(of_half)) for batch, of_half in zip(batches, counts, strict=True)]
             x = self.model.forward_halves(x, self.attention, both)
         self._stored_tokens += len(plan.token_ids)
-        sampled = [record.sampled for record in records]
         if not self.stage.ends:
             return x
-        if not any(sampled):
+        logit_rows = [record.logit_rows for record in records]
+        if not any(logit_rows):
             return None
-        wanted = np.cumsum(plan.lengths, dtype=np.int64)[plan.sampled] - 1
+        wanted = np.concatenate([np.cumsum(plan.lengths, dtype=np.int64)[plan.sampled] - 1, plan.told.rows])
         if halves is not None:
             # The first half is filled up, too.
             wanted[wanted >= plan.first_half] += len(batches[0].positions) - plan.first_half
         x = x[torch.from_numpy(rounded_up(wanted, self._rounded)).to(self._device)]
-        logits = self.model.logits(x, self._rows(sampled), samples=self.place.samples)
+        logits = self.model.logits(x, self._rows(logit_rows), samples=self.place.samples)
         return None if logits is None else logits[: len(wanted)]
+
+    def _compile(self) -> None:
+        """Before the first request, which would wait for it. Raises StartupError."""
+        seconds = compiled_mlp.warm_up(self.model.compiled_mlps(), sorted({1, self._threads}))
+        if self.place.rank == 0 and self._device.type == "cpu":
+            log.warning(
+                "--enable-torch-compile: compiling took %.1f s; on a CPU steps are usually slower than without it",
+                seconds,
+            )
 
     def stepped(self) -> None:
         """After every step; moves experts if it is time."""
@@ -278,7 +290,7 @@ def usable_cores() -> int:
 
 
 def _load(folder: Path, config: ModelConfig, args: WorkerArgs, sizes: Sizes, stage: Stage) -> Decoder:
-    packing = Packing(plain_for_one_row=sizes.weight_bytes <= CACHED_BYTES)
+    packing = Packing(plain_for_one_row=sizes.weight_bytes <= CACHED_BYTES, compiled_mlps=args.enable_torch_compile)
     if args.enable_deterministic_inference:
         packing = Packing(smallest=0)
     if args.load_format == "dummy" or args.model_path in model_folder.WITHOUT_WEIGHTS:

@@ -130,8 +130,12 @@ class Rank:
     def _draw(self, plan: StepPlan, logits: torch.Tensor | None) -> Drawn:
         if logits is None:
             return [], {}
-        tokens = sampler.sample(logits, plan.sampling)
-        return tokens.tolist(), sampler.logprobs(logits, plan.sampling, tokens)
+        count = int(plan.sampled.sum())
+        sampled, told = logits[:count], logits[count:]
+        tokens = sampler.sample(sampled, plan.sampling)
+        reported = sampler.logprobs(sampled, plan.sampling, tokens)
+        of_prompts = sampler.prompt_logprobs(told, plan.told)
+        return tokens.tolist(), reported | dict(enumerate(of_prompts, count))
 
 
 class RankExecutor:

@@ -11,7 +11,10 @@ from warmroute_worker.executor.philox import Float64s, uniforms
 from warmroute_worker.messages import TokenLogprobs
 
 if TYPE_CHECKING:
-    from warmroute_worker.step_plan import Int64s, SamplingColumns
+    from warmroute_worker.step_plan import Int32s, Int64s, SamplingColumns, ToldColumns
+
+ROWS_AT_ONCE = 32
+"""Rows of logits that are held twice more in float64 while prompt logprobs are made of them."""
 
 
 def sample(logits: torch.Tensor, columns: SamplingColumns) -> Int64s:
@@ -39,15 +42,29 @@ def logprobs(logits: torch.Tensor, columns: SamplingColumns, tokens: Int64s) -> 
     if not len(rows):
         return {}
     index = torch.from_numpy(rows).to(logits.device)
-    shares = torch.log_softmax(logits[index].double(), dim=-1)
-    own = shares.gather(1, torch.from_numpy(tokens[rows]).to(logits.device)[:, None])[:, 0].tolist()
-    top = shares.topk(min(int(columns.logprobs[rows].max()), shares.shape[1]), dim=-1)
-    reported = {}
-    for place, row in enumerate(rows.tolist()):
-        count = int(columns.logprobs[row])
-        pairs = zip(top.indices[place, :count].tolist(), top.values[place, :count].tolist(), strict=True)
-        reported[row] = TokenLogprobs(own[place], list(pairs))
+    reported = _reported(logits[index], tokens[rows], columns.logprobs[rows])
+    return dict(zip(rows.tolist(), reported, strict=True))
+
+
+def prompt_logprobs(logits: torch.Tensor, told: ToldColumns) -> list[TokenLogprobs]:
+    """[told, vocab] logits -> the logprobs of the tokens that stand behind them, and of the likeliest ones."""
+    reported: list[TokenLogprobs] = []
+    for begin in range(0, len(told), ROWS_AT_ONCE):
+        part = slice(begin, begin + ROWS_AT_ONCE)
+        reported += _reported(logits[part], told.ids[part], told.tops[part])
     return reported
+
+
+def _reported(logits: torch.Tensor, ids: Int64s, tops: Int32s | Int64s) -> list[TokenLogprobs]:
+    """Of `ids[i]` and the `tops[i]` likeliest tokens, by row."""
+    shares = torch.log_softmax(logits.double(), dim=-1)
+    own = shares.gather(1, torch.from_numpy(ids).to(logits.device)[:, None])[:, 0].tolist()
+    top = shares.topk(min(int(tops.max()), shares.shape[1]), dim=-1)
+    likeliest, values = top.indices.tolist(), top.values.tolist()
+    return [
+        TokenLogprobs(own[row], list(zip(likeliest[row][:count], values[row][:count], strict=True)))
+        for row, count in enumerate(tops.tolist())
+    ]
 
 
 def _changed(logits: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:

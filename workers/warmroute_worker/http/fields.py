@@ -42,6 +42,8 @@ class Sampling:
     """To each prompt."""
     logprobs: int | None
     """How many of the likeliest tokens are told with each; None: nothing is."""
+    prompt_logprobs_from: int | None
+    """The first token of a prompt of which nothing is said; of those behind it the same as of the answer's."""
     seed: int | None
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -69,6 +71,7 @@ def sampling(
     seed: str,
     vocab_size: int,
     logprobs: int | None = None,
+    prompt_logprobs_from: int | None = None,
     prefix: str = "",
 ) -> Sampling:
     """`limit`, `least` and `seed` name the fields for the most and fewest new tokens and the seed; `prefix` goes before
@@ -100,6 +103,7 @@ def sampling(
         min_new_tokens=min_new_tokens,
         num_answers=num_answers,
         logprobs=logprobs,
+        prompt_logprobs_from=prompt_logprobs_from,
         seed=None if chosen_seed is None else chosen_seed & ((1 << 63) - 1),
         stop=reader.strings("stop"),
         stop_token_ids=tuple(reader.integers("stop_token_ids")),
@@ -110,6 +114,12 @@ def sampling(
 def count(fields: Mapping[str, Any], name: str, most: int) -> int | None:
     """A number from 0 to `most`; None when it is absent."""
     return _Reader(fields, "").integer(name, None, 0, most)
+
+
+def logprob_start(fields: Mapping[str, Any]) -> int | None:
+    """SGLang's `logprob_start_len`; None for -1, which is its default and means the answer only."""
+    start = _Reader(fields, "").integer("logprob_start_len", -1, -1, None)
+    return None if start == -1 else start
 
 
 def refuse(fields: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:

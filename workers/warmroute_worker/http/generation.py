@@ -79,6 +79,9 @@ class Generation:
                     now=now,
                 )
             )
+            first = sampling.prompt_logprobs_from
+            if first is not None:
+                self.states[-1].prompt_ids = prompt[first:]
             if echo:
                 self.states[-1].begin_with(service.tokenizer.decode(prompt))
             self._requests.append(
@@ -100,6 +103,7 @@ class Generation:
                         logit_bias=sampling.logit_bias,
                         min_new_tokens=sampling.min_new_tokens,
                         logprobs=sampling.logprobs,
+                        prompt_logprobs_from=None if first is None else first + 1,
                         seed=None if sampling.seed is None else sampling.seed + index % sampling.num_answers,
                     ),
                 )

@@ -22,7 +22,6 @@ _NEW_TOKENS = 128
 """SGLang's default for `max_new_tokens`."""
 
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "logprob_start_len": (-1,),
     "token_ids_logprob": ([],),
     "return_text_in_logprobs": (False,),
     "return_hidden_states": (False,),
@@ -55,6 +54,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
     fields.refuse(parameters, _SAMPLING_REFUSED, "sampling_params.")
     top = fields.count(body, "top_logprobs_num", logprobs.MOST) or 0
     told = top if fields.boolean(body, "return_logprob", False) else None
+    start = fields.logprob_start(body)
     seed = "seed" if parameters.get("sampling_seed") is None else "sampling_seed"
     sampling = fields.sampling(
         parameters,
@@ -64,6 +64,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
         seed=seed,
         vocab_size=facts.vocab_size,
         logprobs=told,
+        prompt_logprobs_from=start if told is not None else None,
         prefix="sampling_params.",
     )
     param, value = given[0], body[given[0]]
@@ -71,6 +72,9 @@ async def generate(request: web.Request) -> web.StreamResponse:
     batch = (isinstance(value, list) and not isinstance(value[0], int)) or sampling.num_answers > 1
     stream = fields.boolean(body, "stream", False)
     prompts = [await service.token_ids(prompt, param, add_special_tokens=True) for prompt in parsed]
+    shortest = min(map(len, prompts))
+    if start is not None and start > shortest:
+        raise invalid(f"`logprob_start_len` {start} is more than the prompt's {shortest} tokens", "logprob_start_len")
     names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
     priority = fields.priority(body)
     generation = Generation(
@@ -81,7 +85,11 @@ async def generate(request: web.Request) -> web.StreamResponse:
     with generation:
         await generation.finished()
     answers = [
-        {"text": state.take_text(), "output_ids": state.output_ids, "meta_info": _meta_info(state, dp_rank)}
+        {
+            "text": state.take_text(),
+            "output_ids": state.output_ids,
+            "meta_info": _meta_info(state, dp_rank) | logprobs.of_native_prompt(state),
+        }
         for state, dp_rank in zip(generation.states, generation.dp_ranks, strict=True)
     ]
     return web.Response(
@@ -154,13 +162,14 @@ async def detokenize(request: web.Request) -> web.Response:
 class _Chunks:
     """The events of one streamed answer (`sse.Dialect`). Each holds all text and ids so far, as SGLang's do.
 
-    Both grow as JSON, so that an event costs copying, not encoding, what came before.
+    Both grow as JSON, so that an event costs copying, not encoding, what came before. So do logprobs of the prompt.
     """
 
     def __init__(self, generation: Generation, batch: bool) -> None:
         self._texts = [bytearray(b'"') for _ in generation.states]
         self._ids = [bytearray() for _ in generation.states]
         self._sent_ids = [0] * len(generation.states)
+        self._of_prompts: list[bytes | None] = [None] * len(generation.states)
         self._batch, self._generation = batch, generation
 
     def opening(self, index: int) -> bytes:
@@ -174,10 +183,12 @@ class _Chunks:
             self._sent_ids[index] += len(new)
         parts: list[bytes | bytearray] = [b'{"text":', self._texts[index], b'","output_ids":[', self._ids[index]]
         parts.append(b'],"meta_info":')
-        parts += [
-            json_bytes(_meta_info(state, self._generation.dp_ranks[index])),
-            b',"index":%d}' % index if self._batch else b"}",
-        ]
+        meta = json_bytes(_meta_info(state, self._generation.dp_ranks[index]))
+        of_prompt = self._of_prompts[index]
+        if of_prompt is None:
+            of_prompt = self._of_prompts[index] = json_bytes(logprobs.of_native_prompt(state))[1:-1]
+        parts += [meta[:-1], b"," if of_prompt else b"", of_prompt, b"}"]
+        parts.append(b',"index":%d}' % index if self._batch else b"}")
         return event(b"".join(parts))
 
     def closing(self, generation: Generation) -> bytes:

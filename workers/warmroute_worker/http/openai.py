@@ -78,12 +78,10 @@ async def completions(request: web.Request) -> web.StreamResponse:
     fields.refuse(body, _COMPLETION_REFUSED)
     dp_rank = fields.dp_rank(body, request.headers.get("x-data-parallel-rank"), len(service.engine.clients))
     told = fields.count(body, "logprobs", logprobs.MOST)
-    sampling = _sampling(body, "max_tokens", _COMPLETION_TOKENS, facts.vocab_size, told)
+    echo = fields.boolean(body, "echo", False)
+    sampling = _sampling(body, "max_tokens", _COMPLETION_TOKENS, facts.vocab_size, told, echo=echo)
     given = fields.prompts(body.get("prompt"), "prompt", facts.vocab_size)
     stream = fields.boolean(body, "stream", False)
-    echo = fields.boolean(body, "echo", False)
-    if echo and told is not None:
-        raise invalid("`echo` with `logprobs` would need logprobs of the prompt, which are not computed", "echo")
     prompts = [await service.token_ids(prompt, "prompt", add_special_tokens=True) for prompt in given]
     names = fields.names(body, request.headers.get("x-request-id"), len(prompts))
     priority = fields.priority(body)
@@ -94,7 +92,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 
 def _sampling(
-    body: Mapping[str, Any], limit: str, default_limit: int | None, vocab_size: int, told: int | None
+    body: Mapping[str, Any],
+    limit: str,
+    default_limit: int | None,
+    vocab_size: int,
+    told: int | None,
+    *,
+    echo: bool = False,
 ) -> fields.Sampling:
     return fields.sampling(
         body,
@@ -104,6 +108,7 @@ def _sampling(
         seed="seed",
         vocab_size=vocab_size,
         logprobs=told,
+        prompt_logprobs_from=0 if echo and told is not None else None,
     )
 
 
@@ -120,7 +125,7 @@ class _Format:
     """A chunk with text; with "" the one that says how it finished."""
     whole: Callable[[str], dict[str, Any]]
     logprobs: Callable[[Tokenizer, RequestState, int, int], dict[str, Any] | None]
-    """Of the tokens from a number on, which stand behind so many characters."""
+    """Of the tokens from a number on (`logprobs.count` is the next one), which stand behind so many characters."""
 
 
 _CHAT = _Format(
@@ -188,7 +193,7 @@ class _Chunks:
     def _news(self, index: int, state: RequestState, text: str) -> dict[str, Any] | None:
         """Logprobs that were not sent yet, with `text`; None: there are none."""
         first, offset = self._told[index]
-        last = state.num_text_tokens
+        last = logprobs.count(state)
         self._told[index] = max(first, last), offset + len(text)
         return self._form.logprobs(self._tokenizer, state, first, offset) if first < last else None
 

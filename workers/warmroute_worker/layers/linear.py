@@ -72,16 +72,7 @@ class Linear:
 
         `arrange`: may put the rows of weight and bias into another order, in place.
         """
-        wanted = parts or [WHOLE] * len(names)
-        tensors = list(zip(names, out_features, wanted, strict=True))
-        weight = _stacked(
-            [source.tensor(f"{name}.weight", (rows, in_features), part=part) for name, rows, part in tensors]
-        )
-        biases: torch.Tensor | None = None
-        if bias and not any(part.columns is not None and part.columns.start > 0 for part in wanted):
-            biases = _stacked(
-                [source.tensor(f"{name}.bias", (rows,), part=Part(rows=part.rows)) for name, rows, part in tensors]
-            )
+        weight, biases = weight_and_bias(source, names, in_features, out_features, bias, parts)
         if arrange is not None:
             for tensor in (weight, biases):
                 if tensor is not None:
@@ -91,6 +82,25 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in_features] -> [tokens, out_features], of what this rank has of both"""
         return self.product(x)
+
+
+def weight_and_bias(
+    source: WeightSource,
+    names: Sequence[str],
+    in_features: int,
+    out_features: Sequence[int],
+    bias: bool,
+    parts: Sequence[Part] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `Linear` multiplies with, and adds if it is this rank that adds it."""
+    wanted = parts or [WHOLE] * len(names)
+    tensors = list(zip(names, out_features, wanted, strict=True))
+    weight = _stacked([source.tensor(f"{name}.weight", (rows, in_features), part=part) for name, rows, part in tensors])
+    if not bias or any(part.columns is not None and part.columns.start > 0 for part in wanted):
+        return weight, None
+    return weight, _stacked(
+        [source.tensor(f"{name}.bias", (rows,), part=Part(rows=part.rows)) for name, rows, part in tensors]
+    )
 
 
 class Embedding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from warmroute_worker import topology
+from warmroute_worker.layers.compiled_mlp import CompiledMlp
 from warmroute_worker.layers.linear import Linear, silu_and_multiply
 from warmroute_worker.weights.source import Part
 
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
 
     from warmroute_worker.comm.tensor_group import TensorGroup
     from warmroute_worker.weights.source import WeightSource
+
+
+def gated_mlp(
+    source: WeightSource, name: str, hidden: int, intermediate: int, bias: bool, group: TensorGroup
+) -> GatedMlp | CompiledMlp:
+    """The one that the source's packing asks for."""
+    kind = CompiledMlp if source.packing.compiled_mlps else GatedMlp
+    return kind(source, name, hidden, intermediate, bias, group)
 
 
 class GatedMlp:

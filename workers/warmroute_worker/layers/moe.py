@@ -12,14 +12,16 @@ from warmroute_worker.layers.expert_exchange import ExpertExchange
 from warmroute_worker.layers.expert_map import ExpertMap
 from warmroute_worker.layers.experts import Experts
 from warmroute_worker.layers.linear import Linear
-from warmroute_worker.layers.mlp import GatedMlp
+from warmroute_worker.layers.mlp import gated_mlp
 from warmroute_worker.layers.router import Router
 
 if TYPE_CHECKING:
     from warmroute_worker.comm.background import Background, Pending
     from warmroute_worker.comm.tensor_group import TensorGroup
+    from warmroute_worker.layers.compiled_mlp import CompiledMlp
     from warmroute_worker.layers.expert_exchange import Statistics
     from warmroute_worker.layers.expert_map import ExpertLayout
+    from warmroute_worker.layers.mlp import GatedMlp
     from warmroute_worker.model_config import MoeConfig
     from warmroute_worker.weights.source import WeightSource
 
@@ -92,13 +94,18 @@ class MixtureOfExperts:
         self._exchange = ExpertExchange(parallel.group, self.map)
         # With rows that are sent, each rank has its own ones for the shared expert, too, and so all of it.
         among = Alone() if self.sends else stage
-        self._shared: GatedMlp | None = None
+        self._shared: GatedMlp | CompiledMlp | None = None
         self._shared_gate: Linear | None = None
         if config.shared_intermediate_size:
             size = config.shared_intermediate_size
-            self._shared = GatedMlp(source, f"{name}.{config.shared_module}", hidden, size, False, among)
+            self._shared = gated_mlp(source, f"{name}.{config.shared_module}", hidden, size, False, among)
             if config.shared_gated:
                 self._shared_gate = Linear(source, [f"{name}.{config.shared_module}_gate"], hidden, [1], bias=False)
+
+    @property
+    def shared_mlp(self) -> GatedMlp | CompiledMlp | None:
+        """The shared expert without what weighs it."""
+        return self._shared
 
     def new_counter(self) -> torch.Tensor:
         """For `counters`."""

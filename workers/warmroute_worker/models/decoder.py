@@ -16,10 +16,11 @@ import torch
 from warmroute_worker.comm.background import Background
 from warmroute_worker.comm.rank_links import Groups
 from warmroute_worker.comm.tensor_group import Alone
+from warmroute_worker.layers.compiled_mlp import CompiledMlp
 from warmroute_worker.layers.expert_exchange import Statistics
 from warmroute_worker.layers.expert_map import ExpertLayout
 from warmroute_worker.layers.linear import Embedding, Head, RmsNorm
-from warmroute_worker.layers.mlp import GatedMlp
+from warmroute_worker.layers.mlp import GatedMlp, gated_mlp
 from warmroute_worker.layers.moe import ExpertParallel, MixtureOfExperts
 from warmroute_worker.layers.rope import RotaryEmbedding
 from warmroute_worker.models.halves import Half, forward
@@ -86,6 +87,13 @@ class Decoder:
                 self._head = Head(source, "lm_head", vocab, hidden, group)
         self._rope = RotaryEmbedding(config.rope, config.head_dim, context_length, source.dtype, source.device)
 
+    def compiled_mlps(self) -> list[CompiledMlp]:
+        """Those of layers and of shared experts."""
+        found = [
+            layer.mlp.shared_mlp if isinstance(layer.mlp, MixtureOfExperts) else layer.mlp for layer in self.layers
+        ]
+        return [mlp for mlp in found if isinstance(mlp, CompiledMlp)]
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[tokens] -> [tokens, hidden]; in the first stage only."""
         assert self._embedding is not None
@@ -113,8 +121,8 @@ class Decoder:
         return forward(self.layers, (first, second), self._rope, attention)
 
     def logits(self, x: torch.Tensor, rows: StepRows, *, samples: bool) -> torch.Tensor | None:
-        """[sampled, hidden] -> [sampled, vocab] float32 where tokens are drawn, None elsewhere; in the last stage only.
-        `rows`: of whom there are how many sampled ones."""
+        """[wanted, hidden] -> [wanted, vocab] float32 where tokens are drawn, None elsewhere; in the last stage only.
+        `rows`: who wants how many."""
         assert self._head is not None
         x = self._norm(x)
         own = range(len(x))
@@ -136,10 +144,10 @@ class DecoderLayer:
         self._attention_norm = RmsNorm(source, f"{name}.input_layernorm", hidden, eps)
         self._attention = kind(config, source, f"{name}.self_attn", index, self._heads)
         self._mlp_norm = RmsNorm(source, f"{name}.post_attention_layernorm", hidden, eps)
-        self.mlp: GatedMlp | MixtureOfExperts
+        self.mlp: GatedMlp | CompiledMlp | MixtureOfExperts
         moe = config.moe
         if moe is None or number in moe.dense_layers:
-            self.mlp = GatedMlp(source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias, group)
+            self.mlp = gated_mlp(source, f"{name}.mlp", hidden, config.intermediate_size, config.mlp_bias, group)
         else:
             self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts, number)
         self.sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from warmroute_worker.scheduler.logit_changes import logit_changes
-from warmroute_worker.step_plan import SamplingColumns, StepPlan
+from warmroute_worker.step_plan import NOTHING_TOLD, SamplingColumns, StepPlan, ToldColumns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,19 +26,25 @@ class Chunk(NamedTuple):
     length: int
     samples: bool
     """The last pending token is one of them."""
+    tells: range
+    """Prompt tokens whose logprobs come of it."""
     epoch: int
     """The request's; when it has another, it has left the batch and the tokens are nobody's."""
 
     @classmethod
     def next_of(cls, request: Request, length: int) -> Chunk:
         """The next `length` pending tokens."""
-        return cls(request, request.num_computed, length, length == request.num_pending, request.epoch)
+        start = request.num_computed
+        return cls(request, start, length, length == request.num_pending, request.told_by(start, length), request.epoch)
 
 
 def step_plan(chunks: Sequence[Chunk], page_updates: Sequence[tuple[int, int, int]]) -> StepPlan:
     """The plan that computes `chunks`. Decodes must come before prefills, as executors batch them differently."""
     tokens: list[int] = []
-    for request, start, length, _, _ in chunks:
+    told: list[tuple[int, int, int]] = []
+    for request, start, length, _, tells, _ in chunks:
+        before = len(tokens) - start - 1
+        told += [(before + place, request.tokens[place], _reported(request)) for place in tells]
         tokens += request.tokens[start : start + length]
     sampled = [chunk.request for chunk in chunks if chunk.samples]
     scaled, added = logit_changes(sampled)
@@ -59,6 +65,7 @@ def step_plan(chunks: Sequence[Chunk], page_updates: Sequence[tuple[int, int, in
             scaled=scaled,
             added=added,
         ),
+        told=ToldColumns(*np.array(told, np.int64).reshape(-1, 3).T) if told else NOTHING_TOLD,
         page_updates=np.array(page_updates, np.int32).reshape(-1, 3),
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from warmroute_worker.kv.cache import PageLease
     from warmroute_worker.kv.radix import PageKey
-    from warmroute_worker.messages import Sampling
+    from warmroute_worker.messages import Sampling, TokenLogprobs
     from warmroute_worker.scheduler.logit_changes import TokenCounts
 
 
@@ -36,6 +36,8 @@ class Request:
         "seed",
         "stop_token_ids",
         "tokens",
+        "told",
+        "untold",
     )
 
     def __init__(
@@ -69,6 +71,11 @@ class Request:
         """Prompt tokens that were not cached when it came."""
         self.counts: TokenCounts | None = None
         """Of a request whose sampling asks for it, once it has been sampled."""
+        first = sampling.prompt_logprobs_from
+        self.untold = self.prompt_length if first is None else max(first, 1)
+        """The first prompt token that is still to be told; the prompt's length or more if none is."""
+        self.told: list[TokenLogprobs] | None = None if first is None else []
+        """Of those before; None: it did not ask, or has been given them with its first token."""
         self.lease: PageLease | None = None
         self.row = -1
         self._keys: list[PageKey] = []
@@ -92,6 +99,17 @@ class Request:
     def num_remaining(self) -> int:
         """Tokens it may still generate."""
         return self.max_new_tokens - self.num_new
+
+    @property
+    def num_matchable(self) -> int:
+        """Tokens that may come from the cache: at least one must be computed to sample the next, and so must be the one
+        before each that is told."""
+        most = len(self.tokens) - 1
+        return min(most, self.untold - 1) if self.untold < self.prompt_length else most
+
+    def told_by(self, start: int, length: int) -> range:
+        """The prompt tokens that are told by what is computed at these positions."""
+        return range(max(start + 1, self.untold), min(start + length + 1, self.prompt_length))
 
     def keys(self, num_tokens: int) -> list[PageKey]:
         """The keys of the full pages among the first `num_tokens` tokens."""

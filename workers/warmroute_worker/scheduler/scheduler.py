@@ -35,6 +35,10 @@ UNCHUNKED_PREFILL_TOKENS = 16384
 
 NO_LOGPROBS: Final[Mapping[int, TokenLogprobs]] = MappingProxyType({})
 
+MOST_TOLD = 256
+"""Prompt tokens whose logprobs are computed in one step: each needs a row of logits, as long as the vocabulary, in
+float32 (152,000 ids: 156 MB). A prompt that is told is computed in chunks for that, also where others are not."""
+
 ORDERED_REQUESTS = 128
 """With more of them waiting, lpm is fcfs: to match all in each step would cost more than it saves (as in SGLang)."""
 
@@ -167,7 +171,7 @@ class Scheduler:
             self._admit()
             chunks = self._next_chunks()
         plan = step_plan(chunks, self._page_updates if chunks else [])
-        for request, start, length, _, _ in chunks:
+        for request, start, length, *_ in chunks:
             request.num_computed = start + length
         if chunks:
             self._page_updates.clear()
@@ -182,7 +186,7 @@ class Scheduler:
     def fail(self, refusal: str | None = None) -> None:
         """The newest plan did not run, for lack of memory: those it computed wait and are computed again, or are
         refused for that reason."""
-        for request, start, _, _, epoch in reversed(self._under_way.pop()):
+        for request, start, *_, epoch in reversed(self._under_way.pop()):
             if request.epoch != epoch:
                 continue
             request.num_computed = start
@@ -211,14 +215,19 @@ class Scheduler:
     def apply(self, token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS) -> StepOutput:
         """Take the tokens of the oldest plan under way, one per sampled sequence in its order, and say what is new.
 
-        `logprobs`: by place in that order.
+        `logprobs`: by place in that order; those of prompt tokens come after it, in the order of the plan.
         """
         rows, self._rows = self._rows, []
-        sampled = iter(enumerate(token_ids))
-        for request, _, length, samples, epoch in self._under_way.popleft():
+        sampled, told = iter(enumerate(token_ids)), len(token_ids)
+        for request, _, length, samples, tells, epoch in self._under_way.popleft():
             place, token = next(sampled) if samples else (-1, -1)
+            told_here = range(told, told + len(tells))
+            told += len(tells)
             if request.epoch != epoch:
                 continue
+            if request.told is not None:
+                request.told += [logprobs[of_prompt] for of_prompt in told_here]
+                request.untold += len(tells)
             if length > 1:
                 # Siblings that wait with the same prompt find these pages in the next step.
                 self._publish(request)
@@ -227,7 +236,8 @@ class Scheduler:
             request.tokens.append(token)
             self._generation_tokens_total += 1
             reason = request.finish_reason()
-            rows.append(Row(request.rid, [token], reason, request.cached_tokens or 0, None, logprobs.get(place)))
+            own, request.told, of_prompt = logprobs.get(place), None, request.told
+            rows.append(Row(request.rid, [token], reason, request.cached_tokens or 0, None, own, of_prompt))
             if reason is not None:
                 self._finish(request)
         return StepOutput(rows, self.load())
@@ -293,7 +303,7 @@ class Scheduler:
             if request.num_pending > 1:
                 lease = request.lease
                 assert lease is not None
-                being_computed |= _next_page(lease.node, lease.num_shared, self._matchable(request))
+                being_computed |= self._next_published(request, lease)
         self._order()
         deferred: list[Request] = []
         while self._waiting and self._free_rows and budget > 0 and len(deferred) < DEFERRALS_PER_STEP:
@@ -310,7 +320,7 @@ class Scheduler:
                 break
             self._waiting.popleft()
             self._start(request, lease)
-            being_computed |= next_page
+            being_computed |= self._next_published(request, lease)
             budget -= request.num_pending
         self._waiting.extendleft(reversed(deferred))
 
@@ -353,14 +363,20 @@ class Scheduler:
         # With several plans under way each decodes its share, or one would decode all and the others nothing.
         most = -(-len(self._running) // self._limits.depth)
         chunks = [Chunk.next_of(request, 1) for request in self._running if request.num_pending == 1][:most]
-        budget = self._prefill_budget()
+        budget, told_budget = self._prefill_budget(), MOST_TOLD
         chunked = self._limits.chunked_prefill_size > 0
         for request in self._running:
             pending = request.num_pending
             if pending > 1 and budget > 0:
                 length = min(pending, budget) if chunked else pending
-                chunks.append(Chunk.next_of(request, length))
-                budget -= length
+                tells = request.told_by(request.num_computed, length)
+                if len(tells) > told_budget:
+                    length = tells[told_budget] - 1 - request.num_computed
+                # Of a prompt that is told perhaps nothing can be computed in this step.
+                if length > 0:
+                    chunks.append(Chunk.next_of(request, length))
+                    budget -= length
+                    told_budget -= len(chunks[-1].tells)
         return chunks
 
     def _prefill_budget(self) -> int:
@@ -368,8 +384,12 @@ class Scheduler:
         return size if size > 0 else UNCHUNKED_PREFILL_TOKENS
 
     def _matchable(self, request: Request) -> list[PageKey]:
-        """Keys of the pages that may come from the cache: at least one token must be computed to sample the next."""
-        return request.keys(len(request.tokens) - 1)
+        """Keys of the pages that may come from the cache."""
+        return request.keys(request.num_matchable)
+
+    def _next_published(self, request: Request, lease: PageLease) -> set[tuple[Node, PageKey]]:
+        """What a running request computes next, and others may wait for."""
+        return _next_page(lease.node, lease.num_shared, request.keys(len(request.tokens) - 1))
 
     def _publish(self, request: Request) -> None:
         lease = request.lease

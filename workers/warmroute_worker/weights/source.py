@@ -75,6 +75,8 @@ class Packing:
     plain_for_one_row: bool = False
     """Keep the usual order as well, for single rows: for models that fit into the cache, whose products take no longer
     than a call."""
+    compiled_mlps: bool = False
+    """Torch compiles ordinary MLPs, whose matrices stay as they are for that."""
 
 
 DEFAULT_PACKING = Packing()
