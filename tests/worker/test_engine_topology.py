@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass, replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmroute_worker.step_plan import LogitChanges, SamplingColumns, StepPlan, ToldColumns
+from warmroute_worker.step_plan import NO_SAMPLING, LogitChanges, SamplingColumns, StepPlan, ToldColumns
 from warmroute_worker.topology import TENSOR_GROUPS, Layout, Nodes, kv_heads, share
 from warmroute_worker.watchdog import Watchdog
 
@@ -150,13 +152,21 @@ def test_a_plan_arrives_as_it_was_sent(sequences: int, changes: int, updates: in
         page_updates=numbers(3 * updates, np.int32).reshape(-1, 3),
         told=ToldColumns(*(numbers(updates, np.int64) for _ in range(3))),
     )
-    arrived = StepPlan.decode(plan.encode())
-    sent_columns, columns = plan._columns(), arrived._columns()
-    for name, column in sent_columns.items():
+    _check_same(StepPlan.decode(plan.encode()), plan)
+    _check_same(StepPlan.decode(plan.encode(), draws=False), replace(plan, sampling=NO_SAMPLING))
+
+
+def _check_same(one: object, other: object) -> None:
+    for name, column in vars(other).items():
+        arrived = vars(one)[name]
         if isinstance(column, np.ndarray):
-            assert columns[name].dtype == column.dtype, name
-            assert columns[name].shape == column.shape, name
-            assert (columns[name] == column).all(), name
+            assert arrived.dtype == column.dtype, name
+            assert arrived.shape == column.shape, name
+            assert (arrived == column).all(), name
+        elif is_dataclass(column):
+            _check_same(arrived, column)
+        else:
+            assert arrived == column, name
 
 
 def test_the_watchdog_names_who_stands_still() -> None:

@@ -116,6 +116,9 @@ def rotate(x: int, rows: int, stride: int, heads: int, dim: int, cos: int, sin: 
 def store(x: int, rows: int, stride: int, width: int, slots: int, pool: int, pool_slots: int) -> None:
     """pool[slots[i]] = the first `width` numbers of row i; `slots`: int64, `pool`: [pool_slots, width]."""
 
+def rows_of(weight: int, rows: int, width: int, first: int, ids: int, count: int, out: int) -> None:
+    """out[i] = weight[ids[i] - first], zeros where there is no such row; `ids`: `count` int64."""
+
 def silu_and_multiply(x: int, out: int, rows: int, width: int) -> None:
     """[rows, 2 * width] -> [rows, width]"""
 

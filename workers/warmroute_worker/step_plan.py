@@ -94,6 +94,17 @@ class SamplingColumns:
     """Then: the value is added; an id may stand here more than once."""
 
 
+NO_SAMPLING = SamplingColumns(
+    temperatures=np.empty(0, np.float32),
+    top_ks=np.empty(0, np.int32),
+    top_ps=np.empty(0, np.float32),
+    min_ps=np.empty(0, np.float32),
+    seeds=np.empty(0, np.uint64),
+    positions=np.empty(0, np.int64),
+    logprobs=np.empty(0, np.int32),
+)
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What to compute: for each sequence i, `lengths[i]` tokens after the `starts[i]` whose keys and values are stored.
@@ -175,51 +186,58 @@ class StepPlan:
 
     def encode(self) -> bytes:
         """How the driver sends a plan to the other ranks; `decode` is the other end."""
-        by_name = self._columns()
-        columns = [by_name[name] for name in _DTYPES]
-        counts = np.array([column.size for column in columns], np.int64)
-        return b"".join([counts.tobytes(), *(column.tobytes() for column in columns)])
+        columns: dict[str, npt.NDArray[Any]] = vars(self) | {
+            "first_half": np.array([self.first_half], np.int64),
+            **{f"told_{part}": getattr(self.told, part) for part in _TOLD},
+        }
+        sampling: dict[str, npt.NDArray[Any]] = dict(vars(self.sampling))
+        for kind in _CHANGES:
+            changes = sampling[kind]
+            sampling |= {f"{kind}_{part}": getattr(changes, part) for part in _CHANGE}
+        return _packed(columns, _COLUMNS) + _packed(sampling, _SAMPLING)
 
     @classmethod
-    def decode(cls, data: bytes) -> StepPlan:
-        """What `encode` wrote."""
-        # Writable, since tensors are made of the columns; the 8-byte ones come first, so that all are aligned.
-        buffer = bytearray(data)
-        counts = np.frombuffer(buffer, np.int64, len(_DTYPES))
-        at = counts.nbytes
-        columns: dict[str, Any] = {}
-        for (name, dtype), count in zip(_DTYPES.items(), counts.tolist(), strict=True):
-            columns[name] = np.frombuffer(buffer, dtype, count, at)
-            at += columns[name].nbytes
-        changes: dict[str, Any] = {
-            kind: LogitChanges(*(columns.pop(f"{kind}_{part}") for part in ("rows", "ids", "values")))
-            for kind in ("scaled", "added")
-        }
-        sampling = SamplingColumns(**{name: columns.pop(name) for name in _SAMPLING}, **changes)
-        columns["told"] = ToldColumns(*(columns.pop(f"told_{part}") for part in _TOLD))
+    def decode(cls, data: bytes, *, draws: bool = True) -> StepPlan:
+        """What `encode` wrote. For ranks that draw no tokens (not `draws`), `sampling` is left out: who follows a plan
+        is late by what this takes."""
+        buffer = bytearray(data)  # writable, since tensors are made of the columns
+        columns, end = _unpacked(buffer, _COLUMNS, 0)
+        told = [columns.pop(f"told_{part}") for part in _TOLD]
+        if len(told[0]):
+            columns["told"] = ToldColumns(*told)
         columns["page_updates"] = columns["page_updates"].reshape(-1, 3)
         columns["first_half"] = int(columns["first_half"][0])
         columns["everybody"] = columns["everybody"].reshape(-1, RECORD_NUMBERS)
-        return cls(**columns, sampling=sampling)
-
-    def _columns(self) -> dict[str, npt.NDArray[Any]]:
-        columns: dict[str, npt.NDArray[Any]] = vars(self) | vars(self.sampling)
-        columns["first_half"] = np.array([self.first_half], np.int64)
-        for kind in ("scaled", "added"):
-            changes = columns[kind]
-            columns |= {f"{kind}_{part}": getattr(changes, part) for part in ("rows", "ids", "values")}
-        columns |= {f"told_{part}": getattr(self.told, part) for part in _TOLD}
-        return columns
+        if not draws:
+            return cls(**columns, sampling=NO_SAMPLING)
+        sampling, _ = _unpacked(buffer, _SAMPLING, end)
+        for kind in _CHANGES:
+            sampling[kind] = LogitChanges(*(sampling.pop(f"{kind}_{part}") for part in _CHANGE))
+        return cls(**columns, sampling=SamplingColumns(**sampling))
 
 
-_DTYPES: dict[str, type[np.generic]] = {
+def _packed(columns: dict[str, npt.NDArray[Any]], dtypes: dict[str, type[np.generic]]) -> bytes:
+    """How many numbers each column has, then the columns, filled up to whole words."""
+    wanted = [columns[name] for name in dtypes]
+    counts = np.array([column.size for column in wanted], np.int64)
+    data = b"".join([counts.tobytes(), *(column.tobytes() for column in wanted)])
+    return data + bytes(-len(data) % 8)
+
+
+def _unpacked(buffer: bytearray, dtypes: dict[str, type[np.generic]], at: int) -> tuple[dict[str, Any], int]:
+    """What `_packed` wrote there, and where it ends."""
+    counts = np.frombuffer(buffer, np.int64, len(dtypes), at).tolist()
+    at += 8 * len(dtypes)
+    columns: dict[str, Any] = {}
+    for (name, dtype), count in zip(dtypes.items(), counts, strict=True):
+        columns[name] = np.frombuffer(buffer, dtype, count, at) if count else _EMPTY[dtype]
+        at += count * _SIZES[dtype]
+    return columns, at + -at % 8
+
+
+# The wider ones come first, so that all are aligned.
+_COLUMNS: dict[str, type[np.generic]] = {
     "token_ids": np.int64,
-    "seeds": np.uint64,
-    "positions": np.int64,
-    "scaled_rows": np.int64,
-    "scaled_ids": np.int64,
-    "added_rows": np.int64,
-    "added_ids": np.int64,
     "told_rows": np.int64,
     "told_ids": np.int64,
     "told_tops": np.int64,
@@ -229,6 +247,15 @@ _DTYPES: dict[str, type[np.generic]] = {
     "starts": np.int32,
     "lengths": np.int32,
     "page_updates": np.int32,
+    "sampled": np.bool_,
+}
+_SAMPLING: dict[str, type[np.generic]] = {
+    "seeds": np.uint64,
+    "positions": np.int64,
+    "scaled_rows": np.int64,
+    "scaled_ids": np.int64,
+    "added_rows": np.int64,
+    "added_ids": np.int64,
     "temperatures": np.float32,
     "top_ks": np.int32,
     "top_ps": np.float32,
@@ -236,10 +263,10 @@ _DTYPES: dict[str, type[np.generic]] = {
     "logprobs": np.int32,
     "scaled_values": np.float32,
     "added_values": np.float32,
-    "sampled": np.bool_,
 }
-"""Of a plan's columns, in the order in which they are sent."""
+_EMPTY = {dtype: np.empty(0, dtype) for dtype in (*_COLUMNS.values(), *_SAMPLING.values())}
+_SIZES = {dtype: np.dtype(dtype).itemsize for dtype in _EMPTY}
 
 _TOLD = ("rows", "ids", "tops")
 
-_SAMPLING = ("temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions", "logprobs")
+_CHANGES, _CHANGE = ("scaled", "added"), ("rows", "ids", "values")

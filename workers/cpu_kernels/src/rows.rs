@@ -102,6 +102,21 @@ pub fn store(x: &[f32], stride: usize, width: usize, slots: &[i64], pool: &mut [
     }
 }
 
+/// Rows of `weight`, `width` wide, whose number is in `ids`: the first row's number is `first`. What is not there is zero.
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn rows_of(weight: &[f32], width: usize, first: i64, ids: &[i64], out: &mut [f32]) {
+    assert_eq!(out.len(), ids.len() * width);
+    for (out, id) in out.chunks_exact_mut(width).zip(ids) {
+        let found = usize::try_from(id - first).ok().and_then(|row| weight.chunks_exact(width).nth(row));
+        match found {
+            Some(row) => out.copy_from_slice(row),
+            None => out.fill(0.0),
+        }
+    }
+}
+
 kernel! {
     silu_and_multiply_ = silu_and_multiply_rows(x: &[f32], out: &mut [f32], width: usize)
 }

@@ -136,6 +136,22 @@ pub(crate) fn prefetch_far(numbers: &[f32]) {
     ask_for::<1>(numbers);
 }
 
+/// Asks for so many lines, which begin `distance` bytes behind `line`, for one use: they are not kept in the larger caches.
+#[inline(always)]
+pub(crate) fn prefetch_past_caches<const LINES: usize>(line: &[f32; LANES], distance: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for number in 0..LINES {
+        #[allow(unsafe_code, reason = "a hint, which does nothing where there is no memory")]
+        // SAFETY: as below.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_byte_add(distance + size_of_val(line) * number).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (line, distance);
+}
+
 /// `HOW_FAR`: 0 the nearest cache, 1 the next one.
 #[inline(always)]
 fn ask_for<const HOW_FAR: u8>(numbers: &[f32]) {

@@ -249,3 +249,11 @@ fn products_have_the_same_bits_in_any_company_and_on_any_number_of_threads() {
         }
     }
 }
+
+#[test]
+fn rows_by_their_numbers() {
+    let weight: Vec<f32> = (0..12).map(|i| i as f32).collect();
+    let mut out = vec![9.0; 12];
+    cpu_kernels::rows_of(&weight, 3, 10, &[11, 9, 13, 14], &mut out);
+    assert_eq!(out, [3.0, 4.0, 5.0, 0.0, 0.0, 0.0, 9.0, 10.0, 11.0, 0.0, 0.0, 0.0]);
+}

@@ -60,6 +60,14 @@ fn store(x: usize, rows: usize, stride: usize, width: usize, slots: usize, pool:
 }
 
 #[pyfunction]
+fn rows_of(weight: usize, rows: usize, width: usize, first: i64, ids: usize, count: usize, out: usize) {
+    unsafe {
+        let (weight, out) = (numbers(weight, rows * width), numbers_mut(out, count * width));
+        cpu_kernels::rows_of(weight, width, first, numbers(ids, count), out);
+    }
+}
+
+#[pyfunction]
 fn silu_and_multiply(x: usize, out: usize, rows: usize, width: usize) {
     unsafe { cpu_kernels::silu_and_multiply(numbers(x, 2 * rows * width), numbers_mut(out, rows * width), width) }
 }
@@ -218,6 +226,7 @@ pub(crate) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(norm_heads, module)?)?;
     module.add_function(wrap_pyfunction!(rotate, module)?)?;
     module.add_function(wrap_pyfunction!(store, module)?)?;
+    module.add_function(wrap_pyfunction!(rows_of, module)?)?;
     module.add_function(wrap_pyfunction!(silu_and_multiply, module)?)?;
     module.add_class::<PyMatrix>()?;
     module.add_class::<PyLayer>()?;

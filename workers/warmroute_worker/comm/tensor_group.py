@@ -126,6 +126,8 @@ class SharedMemoryGroup:
         )
         if wanted is None:
             return None
+        if len(rows) == 1:
+            return parts.view(1, total).to(x.device)
         shares = torch.split(parts, [len(rows) * width for width in widths])
         joined = torch.cat([part.view(len(rows), width) for part, width in zip(shares, widths, strict=True)], dim=1)
         return joined.to(x.device)

@@ -203,7 +203,7 @@ def follow(rank: Rank, links: RankLinks) -> None:
                 rank.obey(data)
             links.order_obeyed()
             continue
-        drawn = rank.run(StepPlan.decode(data))
+        drawn = rank.run(StepPlan.decode(data, draws=rank.place.samples))
         if drawn is not None:
             links.send_tokens(_encoded(drawn))
 

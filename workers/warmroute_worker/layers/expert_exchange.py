@@ -42,9 +42,8 @@ class ExpertExchange:
         receivers = torch.arange(self._group.size, device=x.device)
         meant = owners.unsqueeze(0) == receivers[:, None, None]
         receiver, rows = meant.any(dim=2).nonzero(as_tuple=True)
-        here = meant[receiver, rows]
-        for_slots = slots[rows].masked_fill(~here, -1).to(torch.int32)
-        parts = [x[rows], for_slots, weights[rows].float()]
+        # All its slots, of which the receiver takes its own.
+        parts = [x[rows], slots[rows].to(torch.int32), weights[rows].float()]
         data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
         return data, rows, torch.bincount(receiver, minlength=self._group.size).tolist()
 

@@ -60,14 +60,13 @@ class Experts:
             self._products.append((product(source.packing, gate_up(slot)), last))
 
     def weighted_sums(self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """[tokens, hidden] rows, [tokens, k] slots (of any rank, or -1) and weights -> [tokens, hidden] sums over what
+        """[tokens, hidden] rows, [tokens, k] slots (of any rank) and weights -> [tokens, hidden] sums over what
         is here, and how many rows were computed for them."""
         flat = slots.flatten()
         order = flat.argsort(stable=True)
-        # -1 counts in front of slot 0.
-        counts = torch.bincount(flat + 1, minlength=self.slots.stop + 1).tolist()
-        first = sum(counts[: self.slots.start + 1])
-        own_counts = counts[self.slots.start + 1 : self.slots.stop + 1]
+        counts = torch.bincount(flat, minlength=self.slots.stop).tolist()
+        first = sum(counts[: self.slots.start])
+        own_counts = counts[self.slots.start : self.slots.stop]
         number = sum(own_counts)
         order = order[first : first + number]
         tokens = order // slots.shape[1]

@@ -111,9 +111,12 @@ class Embedding:
         self._group = group
         self._first, self._count = own.start, len(own)
         self.weight = source.tensor(f"{name}.weight", (rows, features), part=Part.of_rows(own))
+        self._native = native.usable(self.weight.dtype, self.weight.device)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[tokens] -> [tokens, features]"""
+        if self._native:
+            return self._group.sum(native.rows_of(self.weight, self._first, token_ids))
         if self._group.size == 1:
             return functional.embedding(token_ids, self.weight)
         local = token_ids - self._first

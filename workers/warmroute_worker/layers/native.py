@@ -65,6 +65,17 @@ def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def rows_of(weight: torch.Tensor, first: int, ids: torch.Tensor) -> torch.Tensor:
+    """[rows, width], [n] int64 -> [n, width]: weight[ids[i] - first], zeros where there is no such row."""
+    assert weight.is_contiguous()
+    assert ids.is_contiguous()
+    assert ids.dtype == torch.int64
+    rows, width = weight.shape
+    out = torch.empty((len(ids), width))
+    _native.rows_of(weight.data_ptr(), rows, width, first, ids.data_ptr(), len(ids), out.data_ptr())
+    return out
+
+
 def store(x: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor) -> None:
     """pool[slots[i]] = x[i], of [rows, heads, dim] and [slots, heads, dim]."""
     rows, heads, dim = x.shape
