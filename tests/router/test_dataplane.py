@@ -339,6 +339,35 @@ async def test_a_slow_reader_pauses_its_worker_and_not_the_router() -> None:
         writer.transport.abort()
 
 
+async def test_an_answer_before_the_whole_request_was_sent() -> None:
+    """What is left of the request would be read as the next one: the connection is not used again."""
+    connections: list[asyncio.Task[Any] | None] = []
+    enough = asyncio.Event()
+
+    async def answer_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.current_task())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        await enough.wait()
+        writer.transport.abort()
+
+    server = await asyncio.start_server(answer_at_once, "127.0.0.1", 0, limit=1024)
+    async with FakeWorker() as worker, running() as router:
+        worker_port, worker.port = worker.port, server.sockets[0].getsockname()[1]
+        router.add(worker)
+        worker.port = worker_port
+        for number in (1, 2):
+            answer = await router.client.post(CHAT, json=chat("x" * 20_000_000))
+            assert (answer.status_code, answer.content) == (200, b"{}")
+            assert len(connections) == number
+            assert not any(pool.idle for pool in router.plane.pools.values())
+        await router.quiet()
+    enough.set()
+    await asyncio.gather(*(task for task in connections if task is not None))
+    server.close()
+    await server.wait_closed()
+
+
 async def test_a_client_that_does_not_read_its_answers_is_not_answered_further() -> None:
     """Its answers pile up to a bound, and the worker's connection is as good as before for others."""
     async with FakeWorker() as worker, running([worker]) as router:

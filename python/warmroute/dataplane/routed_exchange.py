@@ -280,7 +280,7 @@ class RoutedExchange(LeasedExchange):
     def answered(self, connection: WorkerConnection, data: bytes, now_ns: int) -> bool:
         """Of an answer that is whole in `data` and plain, everything at once: most are. False: nothing was done."""
         lease, plane = self._lease, self._plane
-        if lease is None or self._setbacks is not None or not plane.relays_at_once:
+        if lease is None or not plane.relays_at_once:
             return False
         client = self._client
         found = lease.answer(plane.parser, self.head, client.keep_alive, connection.uses > 1, data, now_ns)
@@ -291,11 +291,7 @@ class RoutedExchange(LeasedExchange):
         self._connection = None  # nothing more comes of it, and a client that does not read on must not hold it up
         client.write(answer)
         connection.exchange = None
-        if can_stay and not connection.transport.get_write_buffer_size():
-            connection.idle_since_ns = now_ns
-            self._pool.idle.append(connection)
-        else:
-            connection.transport.close()
+        connection.give_back(can_stay, now_ns)
         if transitions is not None:
             plane.log_transitions(transitions)
         elif response is not None:

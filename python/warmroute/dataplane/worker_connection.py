@@ -165,13 +165,20 @@ class WorkerConnection(asyncio.Protocol):
         self._feed = None
         if self._paused_ns:  # for a client that does not read on; the next one may
             self.resume()
-        # An answer that came before the request was sent whole leaves a rest that would be read as the next request.
-        if can_stay and not self.transport.get_write_buffer_size():
+        self.give_back(can_stay, now_ns)
+        exchange.response_ended(self, now_ns)
+
+    def give_back(self, can_stay: bool, now_ns: int) -> None:
+        """To the pool, if it can be used again; no exchange has it any more."""
+        transport = self.transport
+        if transport.get_write_buffer_size():
+            # The answer came before the request was sent whole: the rest would be read as the next request.
+            transport.abort()
+        elif can_stay:
             self.idle_since_ns = now_ns
             self._pool.idle.append(self)
         else:
-            self.transport.close()
-        exchange.response_ended(self, now_ns)
+            transport.close()
 
     def _fail(self, reason: str) -> None:
         exchange = self.exchange
