@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.worker.scheduler_fixtures import PAGE, VOCAB, Run, expected_answer, generate, toy_logprobs
-from warmroute_worker.messages import Generate, Sampling
+from warmroute_worker.messages import Generate, Sampling, Times
 
 
 @pytest.mark.parametrize(("seed", "operations"), [*((seed, 1000) for seed in range(16)), (17, 10_000)])
@@ -155,6 +155,53 @@ def test_what_is_told_for_one_who_left_is_nobodys() -> None:
     run.finish()
     for message in messages:
         check_told(run, message)
+
+
+def test_how_long_requests_waited_and_were_prefilled() -> None:
+    """Of the first admission, and told once, with the first token."""
+    run = Run(max_running_requests=1, chunked_prefill_size=8)
+    scheduler = run.scheduler
+    scheduler.add(generate("a", 20, 2, ignore_eos=True), 10.0)
+    scheduler.add(generate("b", 5, 2, start=3, ignore_eos=True), 11.0)
+    found: dict[str, list[Times | None]] = {"a": [], "b": []}
+    now = 12.0
+    while not scheduler.is_idle:
+        plan = scheduler.schedule(now=now)
+        for row in scheduler.apply(*run.executor.execute(plan), now=now + 0.5).rows:
+            found[row.rid].append(row.times)
+        if now == 13.0:
+            scheduler.retract_all()
+        now += 1
+    # `a` needs 3 steps, after the second of which it is retracted, and one more for its second token.
+    assert found == {"a": [Times(2.0, 2.5), None], "b": [Times(5.0, 0.5), None]}
+
+
+def test_what_is_counted_by_mode() -> None:
+    run = Run(chunked_prefill_size=8)
+    run.scheduler.add(generate("a", 20, 3, ignore_eos=True))
+    run.finish()
+    # Of these only the last token is not cached, and yet it is a prefill.
+    run.scheduler.add(generate("again", 17, 3, ignore_eos=True))
+    run.finish()
+
+    def counts() -> tuple[int, int, int, int, int]:
+        load = run.scheduler.load()
+        tokens = (load.prefilled_tokens_total, load.reused_tokens_total, load.decoded_tokens_total)
+        return (load.prefill_passes_total, load.decode_passes_total, *tokens)
+
+    assert counts() == (3 + 1, 2 + 2, 20 + 1, 16, 2 + 2)
+    run.scheduler.add(generate("b", 5, 2, start=3, ignore_eos=True))
+    run.scheduler.add(generate("c", 20, 2, start=7, ignore_eos=True))
+    run.step()
+    run.scheduler.retract_all()
+    assert run.scheduler.load().retracted == 2
+    run.scheduler.abort("c")
+    assert run.scheduler.load().retracted == 1
+    run.step()
+    assert run.scheduler.load().retracted == 0
+    run.finish()
+    # `b` is computed twice, then with a page from the cache and the token that it had said; of `c` there were 3 tokens.
+    assert counts() == (5 + 1, 4, 21 + 5 + 3 + 2, 16 + 4, 4)
 
 
 def test_chunks_keep_to_the_limit_and_only_the_last_one_samples() -> None:
