@@ -153,7 +153,8 @@ class FakeDriver:
                     messages.TokenLogprobs(-float(place), [(ord("y"), -0.25), (prompt[place], -float(place))][:told])
                     for place in range(first, len(prompt))
                 ]
-            rows.append(messages.Row(rid, ids, finish, request.cached_tokens, None, logprobs, of_prompt))
+            times = messages.Times(0.25, 0.5) if request.sent == len(ids) else None
+            rows.append(messages.Row(rid, ids, finish, request.cached_tokens, None, logprobs, of_prompt, times))
         if rows:
             self._send(messages.StepOutput(rows=rows, load=self._load()))
 
@@ -170,6 +171,12 @@ class FakeDriver:
             retractions_total=0,
             new_token_ratio=0.7,
             waiting_uncached_tokens=0,
+            retracted=0,
+            prefill_passes_total=0,
+            decode_passes_total=0,
+            prefilled_tokens_total=self._totals["prompt"] - self._totals["cached"],
+            reused_tokens_total=self._totals["cached"],
+            decoded_tokens_total=self._totals["generated"],
         )
 
     def _send(self, message: Any) -> None:

@@ -131,3 +131,13 @@ class Run:
 
 def generate(rid: str, length: int, new: int = 8, start: int = 0, **more: Any) -> Generate:
     return Generate(rid, [(start + n * n) % (VOCAB - 1) for n in range(length)], new, **more)
+
+
+def check_told(run: Run, message: Generate) -> None:
+    """The prompt's logprobs are complete, right, and in the row of the first token only."""
+    first, prompt = message.sampling.prompt_logprobs_from, message.token_ids
+    expected = None if first is None else [toy_logprobs(prompt[:n], prompt[n]) for n in range(first, len(prompt))]
+    with_tokens = [row for row in run.rows[message.rid] if row.token_ids]
+    told = [row.prompt_logprobs for row in with_tokens]
+    assert told == [expected, *[None] * (len(told) - 1)][: len(told)]
+    assert all(row.prompt_logprobs is None for row in run.rows[message.rid] if not row.token_ids)

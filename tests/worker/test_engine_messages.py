@@ -28,6 +28,7 @@ from warmroute_worker.messages import (
     Sampling,
     Shutdown,
     StepOutput,
+    Times,
     TokenLogprobs,
     decode,
     encode,
@@ -67,9 +68,11 @@ EVERY_KIND: list[Message] = [
             Row("r1", [3, 4], None, 16, None),
             Row("r2", [], "error", 0, "too long"),
             Row("r3", [9], None, 0, None, TokenLogprobs(-0.5, [(9, -0.5), (1, -1.5)])),
-            Row("r4", [9], None, 0, None, TokenLogprobs(-0.5, []), [TokenLogprobs(-0.25, [(7, -0.25)])]),
+            Row(
+                "r4", [9], None, 0, None, TokenLogprobs(-0.5, []), [TokenLogprobs(-0.25, [(7, -0.25)])], Times(0.5, 1.5)
+            ),
         ],
-        Load(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.5, 10),
+        Load(1, 2, 3, 4, 5, 6, 7, 8, 9, 0.5, 10, 11, 12, 13, 14, 15, 16),
     ),
     KvEvents([["BlockStored", [1 << 62], None, [1, 2], 2, None, "CPU"], ["AllBlocksCleared"]]),
     Reply(7, False, "2 requests are running"),

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.worker.scheduler_fixtures import PAGE, VOCAB, Run, expected_answer, generate, toy_logprobs
-from warmroute_worker.messages import Generate, Sampling
+from tests.worker.scheduler_fixtures import PAGE, VOCAB, Run, check_told, expected_answer, generate
+from warmroute_worker.messages import Generate, Sampling, Times
 
 
 @pytest.mark.parametrize(("seed", "operations"), [*((seed, 1000) for seed in range(16)), (17, 10_000)])
@@ -77,84 +77,51 @@ def test_thousands_of_random_operations(seed: int, operations: int) -> None:
     assert load.prompt_tokens_total <= sum(len(sent[rid].token_ids) for rid in started)
 
 
-def check_told(run: Run, message: Generate) -> None:
-    """The prompt's logprobs are complete, right, and in the row of the first token only."""
-    first, prompt = message.sampling.prompt_logprobs_from, message.token_ids
-    expected = None if first is None else [toy_logprobs(prompt[:n], prompt[n]) for n in range(first, len(prompt))]
-    with_tokens = [row for row in run.rows[message.rid] if row.token_ids]
-    told = [row.prompt_logprobs for row in with_tokens]
-    assert told == [expected, *[None] * (len(told) - 1)][: len(told)]
-    assert all(row.prompt_logprobs is None for row in run.rows[message.rid] if not row.token_ids)
+def test_how_long_requests_waited_and_were_prefilled() -> None:
+    """Of the first admission, and told once, with the first token."""
+    run = Run(max_running_requests=1, chunked_prefill_size=8)
+    scheduler = run.scheduler
+    scheduler.add(generate("a", 20, 2, ignore_eos=True), 10.0)
+    scheduler.add(generate("b", 5, 2, start=3, ignore_eos=True), 11.0)
+    found: dict[str, list[Times | None]] = {"a": [], "b": []}
+    now = 12.0
+    while not scheduler.is_idle:
+        plan = scheduler.schedule(now=now)
+        for row in scheduler.apply(*run.executor.execute(plan), now=now + 0.5).rows:
+            found[row.rid].append(row.times)
+        if now == 13.0:
+            scheduler.retract_all()
+        now += 1
+    # `a` needs 3 steps, after the second of which it is retracted, and one more for its second token.
+    assert found == {"a": [Times(2.0, 2.5), None], "b": [Times(5.0, 0.5), None]}
 
 
-def asking(rid: str, length: int, first: int, new: int = 2, start: int = 0) -> Generate:
-    sampling = Sampling(logprobs=0, prompt_logprobs_from=first)
-    return generate(rid, length, new, start, ignore_eos=True, sampling=sampling)
-
-
-def test_what_is_told_does_not_come_from_the_cache() -> None:
-    run = Run()
-    run.scheduler.add(generate("before", 30, new=1))
-    run.finish()
-    for first, cached in ((1, 0), (4, 0), (5, 4), (6, 4), (17, 16), (28, 24), (29, 28), (30, 28), (31, 28)):
-        message = asking(str(first), 30, first)
-        run.scheduler.add(message)
-        assert run.scheduler.load().waiting_uncached_tokens == 30 - cached
-        run.finish()
-        check_told(run, message)
-        assert run.rows[str(first)][0].cached_tokens == cached, first
-
-
-def test_siblings_wait_for_a_prompt_that_is_told() -> None:
+def test_what_is_counted_by_mode() -> None:
     run = Run(chunked_prefill_size=8)
-    run.scheduler.add(asking("told", 21, 1))
-    run.scheduler.add(generate("sibling", 21, 2))
+    run.scheduler.add(generate("a", 20, 3, ignore_eos=True))
     run.finish()
-    assert [run.rows[rid][0].cached_tokens for rid in ("told", "sibling")] == [0, 20]
-
-
-@pytest.mark.parametrize("chunk", [-1, 64])
-def test_a_step_tells_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Over all requests, the oldest first; what stands before and what is not told goes on in the same step."""
-    monkeypatch.setattr("warmroute_worker.scheduler.scheduler.MOST_TOLD", 8)
-    run = Run(chunked_prefill_size=chunk)
-    messages = [asking("a", 20, 1), asking("b", 20, 11, start=7), generate("plain", 9, 1, start=3)]
-    for message in messages:
-        run.scheduler.add(message)
-    first = run.step()
-    assert first.lengths.tolist() == [8, 10, 9]
+    # Of these only the last token is not cached, and yet it is a prefill.
+    run.scheduler.add(generate("again", 17, 3, ignore_eos=True))
     run.finish()
-    assert [len(plan.told) for plan in run.plans if len(plan.told)] == [8, 8, 8, 4]
-    for message in messages:
-        check_told(run, message)
 
+    def counts() -> tuple[int, int, int, int, int]:
+        load = run.scheduler.load()
+        tokens = (load.prefilled_tokens_total, load.reused_tokens_total, load.decoded_tokens_total)
+        return (load.prefill_passes_total, load.decode_passes_total, *tokens)
 
-def test_who_is_retracted_tells_the_rest_and_nothing_twice() -> None:
-    run = Run(chunked_prefill_size=8)
-    message = asking("a", 40, 5)
-    run.scheduler.add(message)
-    run.step()
+    assert counts() == (3 + 1, 2 + 2, 20 + 1, 16, 2 + 2)
+    run.scheduler.add(generate("b", 5, 2, start=3, ignore_eos=True))
+    run.scheduler.add(generate("c", 20, 2, start=7, ignore_eos=True))
     run.step()
     run.scheduler.retract_all()
-    run.finish()
-    check_told(run, message)
-    told = sum(len(plan.told) for plan in run.plans)
-    assert told == 35
-    assert run.plans[2].starts.tolist() == [16], "what was told before comes from the cache"
-
-
-def test_what_is_told_for_one_who_left_is_nobodys() -> None:
-    """Two plans under way: the second tells for two requests, of which the first is retracted before that."""
-    run = Run(chunked_prefill_size=16, depth=2)
-    messages = [asking("a", 20, 1), asking("b", 20, 1, start=3)]
-    for message in messages:
-        run.scheduler.add(message)
+    assert run.scheduler.load().retracted == 2
+    run.scheduler.abort("c")
+    assert run.scheduler.load().retracted == 1
     run.step()
-    assert run.under_way[0].lengths.tolist() == [4, 12]
-    run.scheduler._retract(run.scheduler._running[0])
+    assert run.scheduler.load().retracted == 0
     run.finish()
-    for message in messages:
-        check_told(run, message)
+    # `b` is computed twice, then with a page from the cache and the token that it had said; of `c` there were 3 tokens.
+    assert counts() == (5 + 1, 4, 21 + 5 + 3 + 2, 16 + 4, 4)
 
 
 def test_chunks_keep_to_the_limit_and_only_the_last_one_samples() -> None:

@@ -131,12 +131,55 @@ async def test_metrics_agree_with_the_clients_counts(tmp_path: Path) -> None:
         assert values["sglang:utilization"] == 0
 
 
-async def scrape(app: RunningApp) -> dict[str, float]:
+async def test_times_and_modes_come_from_the_driver(tmp_path: Path) -> None:
+    async with running_app(write_folder(tmp_path)) as app:
+        for _ in range(3):
+            await app.post("/v1/completions", prompt="p" * 40, max_tokens=7)
+        values = await scrape(app, "stage", "mode")
+    queue, stage = "sglang:queue_time_seconds", "sglang:per_stage_req_latency_seconds"
+    assert (values[queue + "_count"], values[queue + "_sum"]) == (3, 0.75)
+    for name, seconds in (("prefill_waiting", 0.25), ("prefill_forward", 0.5)):
+        assert (values[f"{stage}_count {name}"], values[f"{stage}_sum {name}"]) == (3, 3 * seconds)
+    tokens = {mode: values[f"sglang:realtime_tokens_total {mode}"] for mode in ("prefill_compute", "prefill_cache")}
+    assert tokens == {"prefill_compute": 56, "prefill_cache": 64}
+    assert values["sglang:realtime_tokens_total decode"] == 21
+    passes = [name for name in values if name.startswith("sglang:cuda_graph_passes_total ")]
+    assert {name.split()[1] for name in passes} == {
+        *("prefill_cuda_graph", "prefill_none", "decode_cuda_graph", "decode_none")
+    }
+    assert values["sglang:is_cuda_graph"] == values["sglang:num_retracted_reqs"] == 0
+
+
+async def test_buckets_are_those_of_the_flags(tmp_path: Path) -> None:
+    given = {
+        "bucket_time_to_first_token": (0.1, 0.25),
+        "bucket_inter_token_latency": (0.5,),
+        "bucket_e2e_request_latency": (1.0, 2.0, 4.0),
+    }
+    async with running_app(write_folder(tmp_path), args=given) as app:
+        await app.post("/v1/completions", prompt="p", max_tokens=7)
+        text = (await app.client.get("/metrics")).text
+    ends: dict[str, list[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if "le" in sample.labels:
+                ends.setdefault(sample.name, []).append(sample.labels["le"])
+    assert ends["sglang:time_to_first_token_seconds_bucket"] == ["0.1", "0.25", "+Inf"]
+    assert ends["sglang:inter_token_latency_seconds_bucket"] == ["0.5", "+Inf"]
+    assert ends["sglang:e2e_request_latency_seconds_bucket"] == ["1.0", "2.0", "4.0", "+Inf"]
+
+
+async def scrape(app: RunningApp, *labels: str) -> dict[str, float]:
+    """Values by name, and by those of `labels` that a sample has."""
     response = await app.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     samples = [sample for family in text_string_to_metric_families(response.text) for sample in family.samples]
     assert all(sample.labels["model_name"] == "tiny" for sample in samples)
-    return {sample.name: sample.value for sample in samples if "le" not in sample.labels}
+    return {
+        " ".join([sample.name, *(sample.labels[label] for label in labels if label in sample.labels)]): sample.value
+        for sample in samples
+        if "le" not in sample.labels
+    }
 
 
 async def test_paths_and_methods_that_do_not_exist(tmp_path: Path) -> None:

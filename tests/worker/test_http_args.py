@@ -46,6 +46,9 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         enable_priority_scheduling=True,
         enable_p2p_check=True,
         enable_torch_compile=True,
+        bucket_time_to_first_token=(0.1, 0.5),
+        bucket_inter_token_latency=(0.01,),
+        bucket_e2e_request_latency=(1.0, 2.0, 4.0),
         attention_backend="triton",
         kv_events_config='{"publisher": "zmq"}',
         disable_cuda_graph=True,
@@ -79,7 +82,8 @@ def test_defaults_and_every_field_has_a_flag() -> None:
             continue
         assert getattr(other, field.name) != field.default, f"{field.name} is not varied here"
         value = getattr(other, field.name)
-        argv += ["--" + field.name.replace("_", "-"), *([] if value is True else [str(value)])]
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        argv += ["--" + field.name.replace("_", "-"), *map(str, values)]
     assert parse(argv) == other
     assert WorkerArgs.from_json(other.to_json()) == other
 
@@ -110,6 +114,18 @@ def test_defaults_and_every_field_has_a_flag() -> None:
             ["--model-path", "m", "--enable-torch-compile", "--enable-deterministic-inference"],
             "leave out one of them",
         ),
+        *(
+            (["--model-path", "m", f"--bucket-{name}", *values.split()], f"--bucket-{name} {said}")
+            for name in ("time-to-first-token", "inter-token-latency", "e2e-request-latency")
+            for values, said in (
+                ("2 1", "must be numbers above 0 in ascending order, got 2 1"),
+                ("1 1", "must be numbers above 0 in ascending order, got 1 1"),
+                ("0 1", "must be numbers above 0 in ascending order, got 0 1"),
+                ("1 nan", "must be numbers above 0 in ascending order, got 1 nan"),
+                ("1 inf", "must be numbers above 0 in ascending order, got 1 inf"),
+            )
+        ),
+        (["--model-path", "m", "--bucket-inter-token-latency"], "--bucket-inter-token-latency: expected at least one"),
         (["--model-path", "m", "--kv-events-config", "{"], "--kv-events-config is not JSON"),
         (["--model-path", "m", "--kv-events-config", "[]"], "--kv-events-config must be a JSON object"),
         (["--model-path", "m", "--kv-events-config", '{"port": 1}'], "--kv-events-config: port is not known"),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.worker.byte_model import END, USER, VOCAB_SIZE, chat_ids, write_tokenizer
 from tests.worker.worker_process import WorkerProcess, children, health, lives, until, worker_process
@@ -138,6 +139,41 @@ def test_prompts_are_scored_as_evaluation_harnesses_do(model: Model, client: htt
         assert first == [None, prompt[0], None]
         assert [token for _, token, _ in others] == prompt[1:]
         assert [logprob for logprob, _, _ in others] == pytest.approx(expected, abs=1e-3)
+
+
+def test_queue_times_are_what_clients_see(client: httpx.Client) -> None:
+    """Requests that come while the worker is paused wait until it goes on."""
+    queue, stage = "sglang:queue_time_seconds", "sglang:per_stage_req_latency_seconds"
+
+    def scrape() -> dict[str, float]:
+        text = client.get("/metrics").text
+        families = text_string_to_metric_families(text)
+        samples = [sample for family in families for sample in family.samples if "le" not in sample.labels]
+        return {f"{sample.name} {sample.labels.get('stage', '')}".strip(): sample.value for sample in samples}
+
+    def ask(length: int) -> float:
+        began = time.monotonic()
+        greedy(client, list(range(length)), 1)
+        return time.monotonic() - began
+
+    before = scrape()
+    client.post("/pause_generation", json={"mode": "in_place"}).raise_for_status()
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, length) for length in (3, 40, 80, 120)]
+        until(lambda: client.get("/get_load").json()[0]["num_reqs"] == 4, 20)
+        all_there = time.monotonic()
+        time.sleep(0.5)
+        client.post("/continue_generation").raise_for_status()
+        paused = time.monotonic() - all_there
+        seen = sum(future.result() for future in asked)
+    after = scrape()
+    change = {name: after[name] - before.get(name, 0) for name in after}
+    assert change[queue + "_count"] == change["sglang:num_requests_total"] == 4
+    # The clients' count also has the way there and back, and what was computed.
+    assert 4 * 0.5 <= change[queue + "_sum"] <= seen
+    assert seen - change[queue + "_sum"] < 4 * paused
+    assert change[f"{stage}_sum prefill_waiting"] == pytest.approx(change[queue + "_sum"])
+    assert 0 < change[f"{stage}_sum prefill_forward"] <= seen - change[queue + "_sum"]
 
 
 def test_all_at_once_and_streamed(model: Model, client: httpx.Client) -> None:
@@ -291,7 +327,8 @@ def test_a_killed_driver(model: Model) -> None:
 def test_sigterm(model: Model) -> None:
     with worker_process(*arguments(model)) as worker:
         url = worker.url(120)
-        body = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}
+        # Long enough to be seen: 100 tokens were sometimes all there before the first look.
+        body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True}
         answers: list[httpx.Response] = []
         thread = threading.Thread(
             target=lambda: answers.append(httpx.post(url + "/v1/completions", json=body, timeout=60))
@@ -301,7 +338,7 @@ def test_sigterm(model: Model) -> None:
         worker.process.send_signal(signal.SIGTERM)
         assert worker.wait(20) == 0
         thread.join(5)
-        assert answers[0].json()["usage"]["completion_tokens"] == 100
+        assert answers[0].json()["usage"]["completion_tokens"] == 900
     assert len(worker.stderr) == 1, worker.stderr
 
 

@@ -6,7 +6,9 @@ Names and meanings are those of `sglang.srt.server_args`; command_line.py has th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +131,10 @@ class WorkerArgs:
     watchdog_timeout: float = 300.0
     """Seconds after which a rank that shows no life ends the worker."""
     log_level: str = "info"
+    bucket_time_to_first_token: tuple[float, ...] | None = None
+    """Upper ends of the histogram's buckets, in seconds; None: our own. So the next two."""
+    bucket_inter_token_latency: tuple[float, ...] | None = None
+    bucket_e2e_request_latency: tuple[float, ...] | None = None
     max_queued_requests: int | None = None
     """Requests that may wait beyond `max_running_requests` before new ones get 503; None: no limit."""
     drain_timeout: float = 30.0
@@ -153,6 +159,8 @@ class WorkerArgs:
         for flag in _AT_LEAST_ONE:
             value: int | None = getattr(self, flag)
             _check(value is None or value >= 1, f"{_dashed(flag)} must be at least 1, got {value}")
+        for flag in _BUCKETS:
+            _check_buckets(_dashed(flag), getattr(self, flag))
         self._check_parallel()
         _check(
             self.layout.world_size <= MAX_RANKS,
@@ -327,7 +335,7 @@ class WorkerArgs:
 
     @classmethod
     def from_json(cls, text: str) -> WorkerArgs:
-        return cls(**json.loads(text))
+        return cls(**with_tuples(json.loads(text)))
 
 
 _AT_LEAST_ONE = (
@@ -344,6 +352,8 @@ _AT_LEAST_ONE = (
     "eplb_rebalance_num_iterations",
     "eplb_rebalance_layers_per_chunk",
 )
+
+_BUCKETS = ("bucket_time_to_first_token", "bucket_inter_token_latency", "bucket_e2e_request_latency")
 
 _CHOICES = {
     "device": DEVICES,
@@ -376,6 +386,21 @@ def _check_kv_events(config: str | None) -> None:
     )
     publisher = value.get("publisher", "null")
     _check(publisher in ("zmq", "null"), f"--kv-events-config: publisher must be zmq or null, got {publisher!r}")
+
+
+def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists, which JSON and the command line make, as the tuples that `WorkerArgs` holds."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _check_buckets(flag: str, ends: tuple[float, ...] | None) -> None:
+    if ends is None:
+        return
+    ascending = all(one < other for one, other in itertools.pairwise(ends))
+    _check(
+        bool(ends) and ascending and ends[0] > 0 and ends[-1] < math.inf,
+        f"{flag} must be numbers above 0 in ascending order, got {' '.join(f'{end:g}' for end in ends)}",
+    )
 
 
 def _check(condition: bool, message: str) -> None:

@@ -25,6 +25,7 @@ from warmroute_worker.args import (
     RUNNERS,
     SCHEDULE_POLICIES,
     WorkerArgs,
+    with_tuples,
 )
 
 
@@ -32,7 +33,7 @@ def parse(argv: list[str], program: str = "launch_worker") -> WorkerArgs:
     """The arguments of `argv` (without the program's name). Exits with 2 and one line on stderr for a bad one, with 0
     after `--dry-run`."""
     parser = _parser(program)
-    values = vars(parser.parse_args(argv))
+    values = with_tuples(vars(parser.parse_args(argv)))
     dry = values.pop("dry_run")
     if values["served_model_name"] is None:
         values["served_model_name"] = values["model_path"]
@@ -155,6 +156,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--enable-deterministic-inference", "the same bits whatever is computed beside a request (float32 on CPU)"),
     ):
         parser.add_argument(flag, action="store_true", help=text)
+    for flag, text in (
+        ("--bucket-time-to-first-token", "the time to the first token"),
+        ("--bucket-inter-token-latency", "the time between two tokens"),
+        ("--bucket-e2e-request-latency", "the time to the last token"),
+    ):
+        text = f"upper ends of the buckets in which {text} is counted, in seconds; None: our own"
+        parser.add_argument(flag, type=float, nargs="+", metavar="SECONDS", help=text)
     parser.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
     for flag, reason in _REFUSED.items():
         parser.add_argument(

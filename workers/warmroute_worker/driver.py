@@ -140,7 +140,7 @@ def _step(link: Link, engine: Engine, pauses: list[Pause]) -> None:
 def _deliver(message: Message, engine: Engine, link: Link) -> None:
     match message:
         case Generate():
-            engine.scheduler.add(message)
+            engine.add(message)
         case Abort():
             engine.scheduler.abort(message.rid)
         case Flush():

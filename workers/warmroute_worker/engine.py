@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from warmroute_worker import model_config, model_folder, two_batches
@@ -17,12 +18,13 @@ from warmroute_worker.messages import Ready
 from warmroute_worker.scheduler.scheduler import Limits, Scheduler
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from warmroute_worker.args import WorkerArgs
     from warmroute_worker.comm.rank_links import RankLinks
     from warmroute_worker.executor.executor import Executor
-    from warmroute_worker.messages import StepOutput
+    from warmroute_worker.messages import Generate, StepOutput
     from warmroute_worker.model_config import ModelConfig
 
 
@@ -35,7 +37,15 @@ MOST_FAILURES = 8
 class Engine:
     """Requests go to `scheduler`, answers come out of `step`."""
 
-    def __init__(self, executor: Executor, config: ModelConfig, args: WorkerArgs) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        config: ModelConfig,
+        args: WorkerArgs,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock`: in seconds, for the times that requests are told."""
+        self._clock = clock
         facts = executor.facts
         self.executor = executor
         self.cache_events = CacheEvents(args.page_size, "CPU" if facts.device == "cpu" else "GPU")
@@ -85,13 +95,17 @@ class Engine:
         """Nothing to compute and nothing to say."""
         return self.scheduler.is_idle
 
+    def add(self, request: Generate) -> None:
+        """See `Scheduler.add`."""
+        self.scheduler.add(request, self._clock())
+
     def step(self) -> StepOutput:
         """Compute one step for everything that can run, and say what it brought.
 
         With several stages, as many plans are under way as there are stages, and the oldest is waited for.
         """
         while self._under_way < self._depth:
-            plan = self.scheduler.schedule(hold=self.is_paused)
+            plan = self.scheduler.schedule(hold=self.is_paused, now=self._clock())
             if self._cut_from is not None:
                 plan = dataclasses.replace(plan, first_half=two_batches.first_half(plan, self._cut_from))
             if self.lock_step is not None:
@@ -134,7 +148,7 @@ class Engine:
     def _collect(self) -> StepOutput:
         drawn = self.executor.collect()
         self._under_way -= 1
-        output = self.scheduler.apply(*drawn)
+        output = self.scheduler.apply(*drawn, now=self._clock())
         if self.is_idle:
             self.cache.check_balance()
         return output

@@ -190,7 +190,11 @@ class EngineClient(asyncio.Protocol):
             if state is None:  # cancelled here while the step ran there
                 continue
             self._observe(state, len(token_ids), now)
-            stopped_here = state.advance(*row[1:])
+            if row.times is not None:
+                self._metrics.observe_times(row.times)
+            stopped_here = state.advance(
+                token_ids, row.finish_reason, row.cached_tokens, row.error, row.logprobs, row.prompt_logprobs
+            )
             if state.finish is not None:
                 self._forget(rid)
                 self._metrics.requests.inc()

@@ -171,6 +171,15 @@ class TokenLogprobs(NamedTuple):
     """(token id, logprob) of the likeliest ones, best first."""
 
 
+class Times(NamedTuple):
+    """Of a request until its first token, in seconds."""
+
+    queue: float
+    """From when the scheduler got it until it was admitted."""
+    prefill: float
+    """From then until the token was there."""
+
+
 class Row(NamedTuple):
     """What one step brought to one request."""
 
@@ -187,6 +196,8 @@ class Row(NamedTuple):
     """Of the one new token, for a request that asked for it."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of the prompt's tokens from `prompt_logprobs_from` on, in the row of the first new token."""
+    times: Times | None = None
+    """In the row of the first new token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +219,16 @@ class Load:
     """Share of future tokens that is kept free at present when a request is admitted."""
     waiting_uncached_tokens: int
     """Prompt tokens of waiting requests that were not in the prefix cache when they came."""
+    retracted: int
+    """Waiting requests that had to give up their pages."""
+    prefill_passes_total: int
+    """Steps that computed more than decodes."""
+    decode_passes_total: int
+    prefilled_tokens_total: int
+    """Computed in prefills, those of retracted requests again."""
+    reused_tokens_total: int
+    """Found in the prefix cache, those of retracted requests again."""
+    decoded_tokens_total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +329,8 @@ def _row(values: list[Any]) -> Row:
         row = row._replace(logprobs=_token_logprobs(row.logprobs))
     if row.prompt_logprobs is not None:
         row = row._replace(prompt_logprobs=[_token_logprobs(told) for told in row.prompt_logprobs])
+    if row.times is not None:
+        row = row._replace(times=Times(*row.times))
     return row
 
 

@@ -6,7 +6,7 @@ it knows: requests, times, aborts. `Metrics` is written on the event loop only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from warmroute_worker.messages import Load
+    from warmroute_worker.messages import Load, Times
     from warmroute_worker.rank_statuses import RankStatuses
     from warmroute_worker.topology import Layout, Place
 
@@ -47,6 +47,11 @@ _TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.02, 0.03, 0
 _REQUEST_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1, 2, 5, 10, 20, 40, 60, 100, 200, 400)
 
 
+# SGLang's: 1 ms to 20 minutes.
+_STAGE_BUCKETS = tuple(0.001 * 1.62**power for power in range(30))
+_QUEUE_BUCKETS = (0.0001, *_FIRST_TOKEN_BUCKETS)
+
+
 _COORDINATES = ("tp_rank", "pp_rank", "dp_rank", "moe_ep_rank")
 
 
@@ -73,6 +78,17 @@ class Throughput:
         return self._rate if now - self._since <= 2 * self.WINDOW_SECONDS else 0.0
 
 
+class Buckets(NamedTuple):
+    """Upper ends of histograms' buckets, in seconds; None: our own."""
+
+    first_token: tuple[float, ...] | None = None
+    inter_token: tuple[float, ...] | None = None
+    request: tuple[float, ...] | None = None
+
+
+DEFAULT_BUCKETS = Buckets()
+
+
 class RankMetrics:
     """What the HTTP process counts of one data-parallel rank."""
 
@@ -84,6 +100,16 @@ class RankMetrics:
         self.time_to_first_token = metrics.time_to_first_token.labels(**labels)
         self.inter_token_latency = metrics.inter_token_latency.labels(**labels)
         self.request_latency = metrics.request_latency.labels(**labels)
+        self._queue_time = metrics.queue_time.labels(**labels)
+        self._waiting, self._prefill = (
+            metrics.stage_latency.labels(**labels, stage=stage) for stage in ("prefill_waiting", "prefill_forward")
+        )
+
+    def observe_times(self, times: Times) -> None:
+        """Of a request, with its first token."""
+        self._queue_time.observe(times.queue)
+        self._waiting.observe(times.queue)
+        self._prefill.observe(times.prefill)
 
     def started(self, startup_seconds: float, load_seconds: float) -> None:
         """Once, when the engine is ready."""
@@ -94,27 +120,33 @@ class RankMetrics:
 class Metrics:
     """One registry per worker: nothing global, so that tests can hold several."""
 
-    def __init__(self, model_name: str, layout: Layout) -> None:
+    def __init__(self, model_name: str, layout: Layout, buckets: Buckets = DEFAULT_BUCKETS) -> None:
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine_type": "unified"}
         self._layout = layout
         names = [*self._labels, *_COORDINATES]
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, names, registry=self._registry, buckets=buckets)
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *more: str) -> Histogram:
+            return Histogram(name, text, [*names, *more], registry=self._registry, buckets=buckets)
 
         self.requests = Counter("sglang:num_requests", "Requests that ended", names, registry=self._registry)
         text = "Requests whose client left or that were aborted"
         self.aborted = Counter("sglang:num_aborted_requests", text, names, registry=self._registry)
         self.time_to_first_token = histogram(
-            "sglang:time_to_first_token_seconds", "Arrival to first token", _FIRST_TOKEN_BUCKETS
+            "sglang:time_to_first_token_seconds", "Arrival to first token", buckets.first_token or _FIRST_TOKEN_BUCKETS
         )
         self.inter_token_latency = histogram(
-            "sglang:inter_token_latency_seconds", "Between two tokens of an answer", _TOKEN_BUCKETS
+            "sglang:inter_token_latency_seconds",
+            "Between two tokens of an answer",
+            buckets.inter_token or _TOKEN_BUCKETS,
         )
         self.request_latency = histogram(
-            "sglang:e2e_request_latency_seconds", "Arrival to last token", _REQUEST_BUCKETS
+            "sglang:e2e_request_latency_seconds", "Arrival to last token", buckets.request or _REQUEST_BUCKETS
         )
+        text = "Arrival at the scheduler to admission, of requests that got a token"
+        self.queue_time = histogram("sglang:queue_time_seconds", text, _QUEUE_BUCKETS)
+        text = "The same (prefill_waiting), and from then until the first token (prefill_forward)"
+        self.stage_latency = histogram("sglang:per_stage_req_latency_seconds", text, _STAGE_BUCKETS, "stage")
         text = "Seconds from the start of the process until it was ready"
         self.startup = Gauge("sglang:engine_startup_time", text, names, registry=self._registry)
         text = "Seconds that loading the weights took"
@@ -172,6 +204,12 @@ class _LoadCollector:
             for rank, load, _ in known:
                 counter.add_metric(list(rank.labels.values()), getattr(load, field))
             yield counter
+        for name, text, by_mode in _COUNTERS_BY_MODE:
+            counter = CounterMetricFamily(name, text, labels=[*names, "mode"])
+            for rank, load, _ in known:
+                for mode, source in by_mode.items():
+                    counter.add_metric([*rank.labels.values(), mode], getattr(load, source) if source else 0)
+            yield counter
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[Load, RankMetrics, int, float], float]], ...] = (
@@ -187,6 +225,12 @@ _GAUGES: tuple[tuple[str, str, Callable[[Load, RankMetrics, int, float], float]]
     ("sglang:cache_hit_rate", "Cached share of all prompt tokens", lambda load, *_: cache_hit_rate(load)),
     ("sglang:gen_throughput", "Generated tokens/s", lambda _, rank, __, now: rank.throughput.tokens_per_second(now)),
     ("sglang:new_token_ratio", "Share of future tokens that is kept free", lambda load, *_: load.new_token_ratio),
+    (
+        "sglang:num_retracted_reqs",
+        "Requests that gave up their pages and wait to be computed again",
+        lambda load, *_: load.retracted,
+    ),
+    ("sglang:is_cuda_graph", "Always 0: there are no CUDA graphs yet", lambda *_: 0),
     ("sglang:utilization", "Share of the batch in use", lambda load, _, most, __: load.running / most),
 )
 
@@ -197,6 +241,30 @@ _COUNTERS = (
     ("sglang:num_retracted_requests", "Requests that had to give up their pages", "retractions_total"),
     ("sglang:evicted_tokens", "Tokens evicted from the prefix cache", "evicted_tokens_total"),
 )
+
+
+_COUNTERS_BY_MODE: tuple[tuple[str, str, dict[str, str | None]], ...] = (
+    (
+        "sglang:cuda_graph_passes",
+        "Steps computed, with CUDA graphs (never yet) and without",
+        {
+            "prefill_cuda_graph": None,
+            "prefill_none": "prefill_passes_total",
+            "decode_cuda_graph": None,
+            "decode_none": "decode_passes_total",
+        },
+    ),
+    (
+        "sglang:realtime_tokens",
+        "Tokens as they are computed or found in the prefix cache, those of retracted requests each time",
+        {
+            "prefill_compute": "prefilled_tokens_total",
+            "prefill_cache": "reused_tokens_total",
+            "decode": "decoded_tokens_total",
+        },
+    ),
+)
+"""Fields of `Load` by mode; None: that never happens here."""
 
 
 class _RankCollector:

@@ -31,6 +31,9 @@ MAY_DIFFER = frozenset(
         "drain_timeout",
         "max_queued_requests",
         "log_level",
+        "bucket_time_to_first_token",
+        "bucket_inter_token_latency",
+        "bucket_e2e_request_latency",
     }
 )
 """Of the arguments: what concerns one node only, or only the first one, which serves HTTP."""

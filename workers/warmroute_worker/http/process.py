@@ -28,7 +28,7 @@ from warmroute_worker.engine_client import EngineClient, Phase
 from warmroute_worker.http.app import make_runner
 from warmroute_worker.http.kv_publisher import PublisherError, publisher
 from warmroute_worker.http.service import Service
-from warmroute_worker.metrics import Metrics
+from warmroute_worker.metrics import Buckets, Metrics
 from warmroute_worker.rank_statuses import RankStatuses
 from warmroute_worker.tokenizer import Tokenizer
 
@@ -72,7 +72,8 @@ def load_service(args: WorkerArgs, ranks_fd: int) -> Service:
     Raises LookupError or ValueError with one line.
     """
     folder = model_folder.resolve(args.model_path)
-    metrics = Metrics(args.served_model_name, args.layout)
+    buckets = Buckets(args.bucket_time_to_first_token, args.bucket_inter_token_latency, args.bucket_e2e_request_latency)
+    metrics = Metrics(args.served_model_name, args.layout, buckets)
     engine = DataParallelController(metrics, args.dp_size, args.effective()["load_balance_method"])
     metrics.follow(lambda: [client.current_load() for client in engine.clients], time.monotonic)
     ranks = RankStatuses(args.nodes, Region(ranks_fd, args.layout.world_size, args.nodes.local_groups()))

@@ -31,6 +31,11 @@ class Chunk(NamedTuple):
     epoch: int
     """The request's; when it has another, it has left the batch and the tokens are nobody's."""
 
+    @property
+    def is_prefill(self) -> bool:
+        """Not just the token that was generated last."""
+        return self.length > 1 or self.start < self.request.prompt_length
+
     @classmethod
     def next_of(cls, request: Request, length: int) -> Chunk:
         """The next `length` pending tokens."""

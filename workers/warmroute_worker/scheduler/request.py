@@ -20,6 +20,8 @@ class Request:
 
     __slots__ = (
         "_keys",
+        "admitted_at",
+        "arrived_at",
         "cached_tokens",
         "counts",
         "epoch",
@@ -50,6 +52,7 @@ class Request:
         seed: int,
         page_size: int,
         priority: int = 0,
+        arrived_at: float = 0.0,
     ) -> None:
         """`seed` is what random numbers are made from, whether the client chose it or not."""
         self.rid = rid
@@ -61,6 +64,8 @@ class Request:
         self.seed = seed
         self.page_size = page_size
         self.priority = priority
+        self.arrived_at = self.admitted_at = arrived_at
+        """Seconds; `admitted_at` of the first time."""
         self.num_computed = 0
         """Tokens whose keys and values are in the pool, or will be by the time that a later plan runs."""
         self.epoch = 0

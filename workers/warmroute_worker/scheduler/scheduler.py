@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from warmroute_worker.messages import Load, Reply, Row, StepOutput
+from warmroute_worker.messages import Load, Reply, Row, StepOutput, Times
 from warmroute_worker.scheduler.admission import NewTokenRatio, refusal
 from warmroute_worker.scheduler.batch import Chunk, step_plan
 from warmroute_worker.scheduler.request import Request
@@ -91,6 +91,12 @@ class Scheduler:
         self._cached_tokens_total = 0
         self._prompt_tokens_total = 0
         self._generation_tokens_total = 0
+        self._reused_tokens_total = 0
+        self._retracted = 0
+        """Waiting requests that have run before."""
+        # Of prefills (True) and decodes.
+        self._passes_total = {True: 0, False: 0}
+        self._computed_tokens_total = {True: 0, False: 0}
 
     def __repr__(self) -> str:
         counts = f"{len(self._running)} running, {len(self._waiting)} waiting, {self._cache.num_available} pages"
@@ -101,7 +107,9 @@ class Scheduler:
         """Nothing to compute and nothing to say."""
         return not self._requests and not self._rows
 
-    def add(self, message: Generate) -> None:
+    # `now`, in seconds: the times that requests are told (`Times`) are differences of it, and nothing is decided by it.
+
+    def add(self, message: Generate, now: float = 0.0) -> None:
         """Queue a request, or refuse it with an error row if it could never run. Its rid must not be in use."""
         if message.rid in self._requests:
             raise ValueError(f"a request with rid {message.rid!r} is running")
@@ -127,6 +135,7 @@ class Scheduler:
             seed % (1 << 64),
             limits.page_size,
             message.priority if limits.priorities else 0,
+            now,
         )
         cached = self._cache.match_length(self._matchable(request)) * limits.page_size
         request.expected_uncached = request.prompt_length - cached
@@ -141,6 +150,7 @@ class Scheduler:
         if request.lease is None:
             self._waiting.remove(request)
             self._waiting_uncached_tokens -= request.expected_uncached
+            self._retracted -= request.epoch > 0
         self._finish(request)
         self._rows.append(Row(rid, [], "abort", request.cached_tokens or 0, None))
 
@@ -162,13 +172,13 @@ class Scheduler:
         """Some plan under way computes something."""
         return any(self._under_way)
 
-    def schedule(self, *, hold: bool = False) -> StepPlan:
+    def schedule(self, *, hold: bool = False, now: float = 0.0) -> StepPlan:
         """The next step; an empty plan if nothing can run, or with `hold`."""
         self._ratio.stepped()
         chunks: list[Chunk] = []
         if not hold:
             self._grow()
-            self._admit()
+            self._admit(now)
             chunks = self._next_chunks()
         plan = step_plan(chunks, self._page_updates if chunks else [])
         for request, start, length, *_ in chunks:
@@ -212,14 +222,18 @@ class Scheduler:
         rows, self._rows = self._rows, []
         return StepOutput(rows, self.load())
 
-    def apply(self, token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS) -> StepOutput:
+    def apply(
+        self, token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS, now: float = 0.0
+    ) -> StepOutput:
         """Take the tokens of the oldest plan under way, one per sampled sequence in its order, and say what is new.
 
         `logprobs`: by place in that order; those of prompt tokens come after it, in the order of the plan.
         """
         rows, self._rows = self._rows, []
         sampled, told = iter(enumerate(token_ids)), len(token_ids)
-        for request, _, length, samples, tells, epoch in self._under_way.popleft():
+        chunks = self._under_way.popleft()
+        self._count(chunks)
+        for request, _, length, samples, tells, epoch in chunks:
             place, token = next(sampled) if samples else (-1, -1)
             told_here = range(told, told + len(tells))
             told += len(tells)
@@ -236,11 +250,22 @@ class Scheduler:
             request.tokens.append(token)
             self._generation_tokens_total += 1
             reason = request.finish_reason()
-            own, request.told, of_prompt = logprobs.get(place), None, request.told
-            rows.append(Row(request.rid, [token], reason, request.cached_tokens or 0, None, own, of_prompt))
+            row = Row(request.rid, [token], reason, request.cached_tokens or 0, None, logprobs.get(place))
+            if request.num_new == 1:
+                times = Times(request.admitted_at - request.arrived_at, now - request.admitted_at)
+                row = row._replace(prompt_logprobs=request.told, times=times)
+                request.told = None
+            rows.append(row)
             if reason is not None:
                 self._finish(request)
         return StepOutput(rows, self.load())
+
+    def _count(self, chunks: Sequence[Chunk]) -> None:
+        """What a plan computed, whether it was of use or not."""
+        for chunk in chunks:
+            self._computed_tokens_total[chunk.is_prefill] += chunk.length
+        if chunks:
+            self._passes_total[any(chunk.is_prefill for chunk in chunks)] += 1
 
     def load(self) -> Load:
         size = self._limits.page_size
@@ -256,6 +281,12 @@ class Scheduler:
             retractions_total=self.retractions_total,
             new_token_ratio=self._ratio.value,
             waiting_uncached_tokens=self._waiting_uncached_tokens,
+            retracted=self._retracted,
+            prefill_passes_total=self._passes_total[True],
+            decode_passes_total=self._passes_total[False],
+            prefilled_tokens_total=self._computed_tokens_total[True],
+            reused_tokens_total=self._reused_tokens_total,
+            decoded_tokens_total=self._computed_tokens_total[False],
         )
 
     def check_integrity(self) -> None:
@@ -265,6 +296,7 @@ class Scheduler:
         rows = [request.row for request in self._running]
         assert sorted(rows + self._free_rows) == list(range(self._limits.max_running_requests))
         assert self._waiting_uncached_tokens == sum(request.expected_uncached for request in self._waiting)
+        assert self._retracted == sum(request.epoch > 0 for request in self._waiting)
         for request in self._running:
             lease = request.lease
             assert lease is not None
@@ -291,9 +323,10 @@ class Scheduler:
         request.num_computed = 0
         self._enqueue(request, first=True)
         self._ratio.retracted()
+        self._retracted += 1
         self.retractions_total += 1
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         """Move waiting requests to running, in order, as long as rows, pages and this step's token budget last."""
         budget = self._prefill_budget() - sum(
             request.num_pending for request in self._running if request.num_pending > 1
@@ -319,7 +352,7 @@ class Scheduler:
             if lease is None:
                 break
             self._waiting.popleft()
-            self._start(request, lease)
+            self._start(request, lease, now)
             being_computed |= self._next_published(request, lease)
             budget -= request.num_pending
         self._waiting.extendleft(reversed(deferred))
@@ -346,14 +379,17 @@ class Scheduler:
             return num_pages, 0
         return num_pages, self._ratio.reserve_pages([*self._running, request], size)
 
-    def _start(self, request: Request, lease: PageLease) -> None:
+    def _start(self, request: Request, lease: PageLease, now: float) -> None:
         request.lease = lease
         request.row = self._free_rows.pop()
         request.num_computed = lease.num_shared * self._limits.page_size
         self._page_updates += [(request.row, index, page) for index, page in enumerate(lease.pages)]
         self._running.append(request)
         self._waiting_uncached_tokens -= request.expected_uncached
+        self._retracted -= request.epoch > 0
+        self._reused_tokens_total += request.num_computed
         if request.cached_tokens is None:
+            request.admitted_at = now
             request.cached_tokens = request.num_computed
             self._cached_tokens_total += request.num_computed
             self._prompt_tokens_total += request.prompt_length
