@@ -438,6 +438,20 @@ async def test_draining_finishes_what_runs_and_closes_the_rest() -> None:
         assert await drained
 
 
+async def test_who_comes_while_it_drains_is_sent_away() -> None:
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(chunks=20, chunk_seconds=0.02)
+        async with router.client.stream("POST", CHAT, json=chat(stream=True)) as streamed:
+            drained = asyncio.create_task(router.plane.drain(5))
+            await asyncio.sleep(0)
+            answer = await router.raw(request(CHAT, CHAT_BYTES))
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"shutting_down" in answer
+            assert [line async for line in streamed.aiter_lines()]
+        assert await drained
+        assert [target.selections for target in router.core.targets()] == [len(worker.record.requests)] == [1]
+
+
 async def test_a_dp_rank_is_spliced_into_the_body() -> None:
     async with FakeWorker(dp_size=4) as worker, running([worker]) as router:
         for i in range(8):
