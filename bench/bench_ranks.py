@@ -1,7 +1,8 @@
 """What several ranks are worth: the same engine steps, without HTTP, by layout. In turn A B C, C B A; medians.
 
 `python -m bench.bench_ranks [--hidden 512 --layers 8 --batch 1 8 --rounds 4]`. One rank is measured with one thread and
-with two and stands for its better one.
+with two and stands for its better one. How fast memory is read by one core and by two is printed before and after: with
+one sequence, no ratio can be above theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import memory_speed
 from bench.bench_engine import decode, write_config
 from warmroute_worker import offline
 from warmroute_worker.args import WorkerArgs
@@ -46,11 +48,13 @@ def main() -> None:
     found: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), options)
+        print_memory_speed()
         for round_ in range(options.rounds):
             order = options.settings if round_ % 2 == 0 else options.settings[::-1]
             for name in order:
                 for batch, seconds in in_a_process(folder, SETTINGS[name], options.batch, options.new).items():
                     found.setdefault((name, batch), []).append(seconds)
+    print_memory_speed()
     print(
         f"hidden {options.hidden}, {options.layers} layers, float32; medians of {options.rounds} rounds, best of 3 each"
     )
@@ -65,6 +69,11 @@ def main() -> None:
             spread = f"{min(times) * 1e3:.2f} to {max(times) * 1e3:.2f}"
             speed = f"{median * 1e3:7.2f} ms/step ({spread}) {batch / median:6.0f} tok/s"
             print(f"batch {batch:<3d} {name:18s} {speed} {ratio}")
+
+
+def print_memory_speed() -> None:
+    one, two = memory_speed.measure()
+    print(f"memory: one core {one:.0f} GB/s, two at a time {two:.0f} GB/s, {two / one:.2f}x", flush=True)
 
 
 def in_a_process(folder: str, settings: dict[str, Any], batches: list[int], new: int) -> dict[int, float]:
