@@ -5,7 +5,7 @@ a *slot* (0..4095). The slots of one worker are contiguous; the first is its *he
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 class BadRequest(ValueError):  # noqa: N818
     """The client's body cannot be routed: an answer of 400. `args == (message, param_or_None)`."""
@@ -305,6 +305,17 @@ class Counters:
         """Requests that were in flight when their process died."""
 
 @final
+class Upstreams:
+    """What requests are sent to workers with, by slot: kept here for `Core.begin`."""
+
+    def __new__(cls) -> Upstreams: ...
+    def put(self, slot: int, incarnation: int, host: bytes, authorization: bytes | None, pool: object, /) -> None:
+        """Of the worker in that slot; `host`, `authorization`: see `Lease.to_worker`; `pool`: what `begin` returns. Of
+        one incarnation none of that changes."""
+    def forget(self, pool: object, /) -> None:
+        """It is not used any more."""
+
+@final
 class Core:
     def __new__(
         cls,
@@ -398,12 +409,28 @@ class Core:
         it refuses is counted as accepted and answered with 400, in the series of the model "other".
         """
     def begin(
-        self, parser: HeadParser, data: bytes, routes: bool, now_ns: int, /
-    ) -> tuple[RequestHead, bool, bytes, bool, bool, RoutedRequest | BadRequest | None, Lease | None, int, int] | None:
+        self, parser: HeadParser, upstreams: Upstreams, data: bytes, routes: bool, now_ns: int, /
+    ) -> (
+        tuple[
+            RequestHead,
+            bool,
+            bytes,
+            bool,
+            bool,
+            RoutedRequest | BadRequest | None,
+            Lease | None,
+            Any,
+            bytes | None,
+            bytes | None,
+        ]
+        | None
+    ):
         """The request at the start of `data`: head, whether the body is all there (and not too long), what comes behind
         it (if it is not: behind the head), whether the client wants to use the connection again, whether it is for a
-        worker and its client may ask one. If both, and with `routes`, what `route` returns, or in place of the request
-        what it raises; else None. None for all: more bytes are needed for the head. Raises BadHead (400, 431, 505)."""
+        worker and its client may ask one. If both, and with `routes`: the request and the lease as `route` gives them,
+        or in place of the request what it raises; and if `upstreams` knows the target, the pool that it has for it and
+        what `to_worker` makes of the request. None for all: more bytes are needed for the head. Raises BadHead (400,
+        431, 505)."""
     def read_request(self, head: RequestHead, data: bytes, now_ns: int, /) -> RoutedRequest:
         """As `read`, of bytes that begin with a head that was parsed here."""
     def route(self, head: RequestHead, data: bytes, now_ns: int, /) -> tuple[RoutedRequest, Lease | None, int, int]:

@@ -51,6 +51,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     request::register(module)?;
     views::register(module)?;
     core::register(module)?;
+    routing::register(module)?;
     http1::register(module)?;
     // pyo3 keeps a list of what it adds; the stub says what is public.
     module.delattr("__all__")

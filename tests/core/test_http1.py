@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from warmroute._core import (
@@ -14,6 +16,7 @@ from warmroute._core import (
     Response,
     Route,
     RoutedRequest,
+    Upstreams,
 )
 from warmroute.config import RouterConfig
 from warmroute.engine import build_core
@@ -81,7 +84,7 @@ def test_what_is_absent(parser: HeadParser) -> None:
 
 def test_more_bytes_are_needed(parser: HeadParser) -> None:
     assert parser.request(CHAT[:-1]) is None
-    assert core_with_a_worker().begin(parser, CHAT[:-1], False, 1) is None
+    assert core_with_a_worker().begin(parser, Upstreams(), CHAT[:-1], False, 1) is None
     assert parser.begin_response(b"HTTP/1.1 200 OK\r\n", parse_request(parser, CHAT), 1) is None
 
 
@@ -112,34 +115,56 @@ NEEDS_NO_WORKER = CHAT.replace(b"/v1/chat/completions", b"/v1/models")
 def test_a_request_begins(
     parser: HeadParser, data: bytes, is_whole: bool, rest: bytes, keep_alive: bool, is_for_worker: bool
 ) -> None:
-    begun = core_with_a_worker().begin(parser, data, False, 1)
+    begun = core_with_a_worker().begin(parser, Upstreams(), data, False, 1)
     assert begun is not None
-    assert begun[1:] == (is_whole, rest, keep_alive, is_for_worker, None, None, 0, 0)
+    assert begun[1:] == (is_whole, rest, keep_alive, is_for_worker, *[None] * 5)
     if is_whole:
         assert begun[0].body_in(data) == b"{}"
 
 
 def test_a_request_begins_and_is_routed(parser: HeadParser) -> None:
-    core = core_with_a_worker()
-    begun = core.begin(parser, CHAT + b"{}" + b"GET", True, 5)
+    core, upstreams = core_with_a_worker(), Upstreams()
+    begun = core.begin(parser, upstreams, CHAT + b"{}" + b"GET", True, 5)
     assert begun is not None
-    (head, is_whole, rest, _, _), (refusal, lease, _, _) = begun[:5], begun[5:]
-    assert (head.request_id, is_whole, rest, lease) == (b"mine", True, b"GET", None)
+    (head, is_whole, rest, _, _), (refusal, *others) = begun[:5], begun[5:]
+    assert (head.request_id, is_whole, rest, others) == (b"mine", True, b"GET", [None] * 4)
     assert isinstance(refusal, BadRequest)
     assert refusal.args[1] == "messages"
-    begun = core.begin(parser, WHOLE, True, 5)
+    begun = core.begin(parser, upstreams, WHOLE, True, 5)
     assert begun is not None
-    request, lease, slot, incarnation = begun[5:]
+    request, lease, *sent = begun[5:]
     assert isinstance(request, RoutedRequest)
     assert lease is not None
-    assert (lease.slot, lease.incarnation, lease.selected_ns) == (slot, incarnation, 5)
-    assert core.load(slot) == 1
+    assert (lease.selected_ns, core.load(lease.slot), sent) == (5, 1, [None] * 3)
     # A request that has not come whole, or is for nobody here, takes nothing.
     for data in (CHAT, CHAT.replace(b"/v1/chat/completions", b"/workers") + b"{}"):
-        begun = core.begin(parser, data, True, 5)
+        begun = core.begin(parser, upstreams, data, True, 5)
         assert begun is not None
-        assert begun[5:] == (None, None, 0, 0)
+        assert begun[5:] == (None,) * 5
     assert core.ledgers() == [(2, 1, 1, 0)]
+
+
+def test_what_is_sent_to_a_worker_whose_place_is_known(parser: HeadParser) -> None:
+    core, upstreams, pool = core_with_a_worker(), Upstreams(), object()
+
+    def begin() -> tuple[Any, ...]:
+        begun = core.begin(parser, upstreams, WHOLE, True, 5)
+        assert begun is not None
+        assert begun[6] is not None
+        return begun[0], begun[6], *begun[7:]
+
+    head, lease, *sent = begin()
+    assert sent == [None] * 3
+    upstreams.put(lease.slot, lease.incarnation, b"w:1", b"Bearer w", pool)
+    head, lease, *sent = begin()
+    assert sent == [pool, *lease.to_worker(head, b"w:1", b"Bearer w", WHOLE)]
+    upstreams.put(lease.slot, lease.incarnation + 1, b"w:1", None, pool)
+    assert begin()[2:] == (None,) * 3, "it is another worker's place by now"
+    upstreams.put(lease.slot, lease.incarnation, b"w:1", None, pool)
+    upstreams.forget(object())
+    assert begin()[2] is pool
+    upstreams.forget(pool)
+    assert begin()[2:] == (None,) * 3
 
 
 @pytest.mark.parametrize(
@@ -157,10 +182,11 @@ def test_a_request_begins_and_is_routed(parser: HeadParser) -> None:
 )
 def test_a_whole_answer_is_dealt_with_at_once(parser: HeadParser, data: bytes, answered: bool, can_stay: bool) -> None:
     core = core_with_a_worker()
-    begun = core.begin(parser, WHOLE, True, 5)
+    begun = core.begin(parser, Upstreams(), WHOLE, True, 5)
     assert begun is not None
-    head, lease, slot = begun[0], begun[6], begun[7]
+    head, lease = begun[0], begun[6]
     assert lease is not None
+    slot = lease.slot
     found = lease.answer(parser, head, True, False, data, 7)
     assert core.load(slot) == (not answered)
     if answered:

@@ -225,7 +225,7 @@ class ClientConnection(asyncio.Protocol):
         routes = plane.decides_at_once and not self.came_late
         while True:
             try:
-                begun = plane.core.begin(plane.parser, buffer, routes, now_ns)
+                begun = plane.core.begin(plane.parser, plane.upstreams, buffer, routes, now_ns)
             except BadHead as error:
                 self._refuse(*error.args)
                 break
@@ -234,12 +234,12 @@ class ClientConnection(asyncio.Protocol):
                     self._since_ns = plane.second_ns  # the first bytes of a head
                 self._buffer = buffer
                 break
-            head, is_whole, self._buffer, keep_alive, is_for_worker, request, lease, slot, incarnation = begun
+            head, is_whole, self._buffer, keep_alive, is_for_worker, request, lease, pool, first, second = begun
             self.keep_alive = keep_alive and not plane.is_draining
             if request is not None:
                 self._has_asked = True
                 self.exchange = exchange = RoutedExchange()
-                exchange.start(plane, self, head, buffer, now_ns, request, lease, slot, incarnation)
+                exchange.start(plane, self, head, buffer, now_ns, request, lease, pool, first, second)
             elif is_whole:
                 self._dispatch(head, buffer, is_for_worker)
             elif not self._begin_body(head):

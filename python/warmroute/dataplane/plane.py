@@ -12,7 +12,7 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from warmroute import router_health
-from warmroute._core import HeadParser, RegionBusy, Route
+from warmroute._core import HeadParser, RegionBusy, Route, Upstreams
 from warmroute.dataplane.access_log import AccessLog
 from warmroute.dataplane.admission import Admission
 from warmroute.dataplane.client_connection import ClientConnection
@@ -139,6 +139,8 @@ class DataPlane:
         self.is_draining = False
         self.pools: dict[str, Pool] = {}
         """By worker."""
+        self.upstreams = Upstreams()
+        """The same by slot, where the core finds them."""
 
         async def connect_control(factory: Callable[[], asyncio.Protocol]) -> None:
             await self.loop.create_connection(factory, sock=await control_upstream())
@@ -206,11 +208,21 @@ class DataPlane:
             return router_health.readiness(self.core, draining=self.is_draining)
         return router_health.liveness()
 
+    def pool_for(self, slot: int, incarnation: int) -> Pool | None:
+        """Of the worker that was in that slot; None: it has left. From now on `Core.begin` knows it."""
+        address = self.directory.address(slot, incarnation)
+        if address is None:
+            return None
+        pool = self.pools.get(address.worker_id) or self.new_pool(address)
+        authorization = address.authorization or self.worker_authorization
+        self.upstreams.put(slot, incarnation, address.host_header, authorization, pool)
+        return pool
+
     def new_pool(self, address: WorkerAddress) -> Pool:
         async def connect(factory: Callable[[], asyncio.Protocol]) -> None:
             await self.loop.create_connection(factory, address.host, address.port, ssl=address.tls or None)
 
-        pool = self.pools[address.worker_id] = Pool(connect, self.parser, self.times.connect_seconds)
+        pool = self.pools[address.worker_id] = Pool(connect, self.parser, self.times.connect_seconds, address)
         return pool
 
     def unknown_model_message(self, model: str | None) -> str:
@@ -279,6 +291,7 @@ class DataPlane:
         for worker_id, pool in list(self.pools.items()):
             pool.close_idle(now_ns - IDLE_NS)
             if pool.is_empty:
+                self.upstreams.forget(pool)
                 del self.pools[worker_id]
         self.control_pool.close_idle(now_ns - IDLE_NS)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from warmroute._core import HeadParser
     from warmroute.dataplane.exchange import Exchange
+    from warmroute.directory import WorkerAddress
 
     Connect = Callable[[Callable[[], asyncio.Protocol]], Awaitable[object]]
     """Opens one connection whose protocol the argument makes."""
@@ -41,10 +42,13 @@ class ConnectFailure(enum.Enum):
 class Pool:
     """All connections to one worker, or to the control app."""
 
-    __slots__ = ("_connect", "_connect_seconds", "_connecting", "idle", "parser")
+    __slots__ = ("_connect", "_connect_seconds", "_connecting", "address", "idle", "parser")
 
-    def __init__(self, connect: Connect, parser: HeadParser, connect_seconds: float) -> None:
-        """`connect_seconds`: how long a connect may take."""
+    def __init__(
+        self, connect: Connect, parser: HeadParser, connect_seconds: float, address: WorkerAddress | None = None
+    ) -> None:
+        """`connect_seconds`: how long a connect may take. `address`: a worker's."""
+        self.address = address
         self._connect = connect
         self._connect_seconds = connect_seconds
         self.parser = parser

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from warmroute._core import Lease, RequestHead, Response, RoutedRequest
     from warmroute.dataplane.client_connection import ClientConnection
     from warmroute.dataplane.plane import DataPlane
+    from warmroute.dataplane.pool import Pool
     from warmroute.dataplane.worker_connection import WorkerConnection
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,9 @@ class RoutedExchange(LeasedExchange):
         now_ns: int,
         request: RoutedRequest | BadRequest | None = None,
         lease: Lease | None = None,
-        slot: int = 0,
-        incarnation: int = 0,
+        pool: Pool | None = None,
+        first: bytes | None = None,
+        second: bytes | None = None,
     ) -> None:
         """`data` begins with the request, which is there as a whole; `now_ns`: it came then. `request` and what
         follows: as `Core.begin` gives them, if it was asked to route."""
@@ -61,26 +63,34 @@ class RoutedExchange(LeasedExchange):
         self.is_over = False
         self._setbacks: Setbacks | None = None
         self._is_admitted = True  # or has no need to be
-        self._lease = None
-        if lease is None:
+        self._lease = lease
+        if pool is None:
             self._start_slowly(request, now_ns)
             return
         self._request = request  # type: ignore[assignment]  # with a lease it is no refusal
         plane.buffered_bytes += len(data)
         plane.retry_budget.requests += 1
-        self._try(lease, slot, incarnation, now_ns)
+        self._address = pool.address  # type: ignore[assignment]  # a worker's pool has one
+        self._may_resend = True
+        self._pool = pool
+        connection = pool.take()
+        if connection is None:
+            pool.open(self)
+        else:
+            self._connection = connection
+            connection.send(self, first, second)  # type: ignore[arg-type]  # with a pool there is something to send
 
     def _start_slowly(self, request: RoutedRequest | BadRequest | None, now_ns: int) -> None:
-        """Of a request that was not routed yet, or could not be."""
-        plane, lease = self._plane, None
-        slot = incarnation = 0
+        """Of a request that was not routed yet, could not be, or goes where none of this process has gone before."""
+        plane, lease = self._plane, self._lease
+        self._lease = None
         try:
             if isinstance(request, BadRequest):
                 raise request
             if request is not None:
                 self._request = request
             elif plane.decides_at_once:
-                self._request, lease, slot, incarnation = plane.core.route(self.head, self._data, now_ns)
+                self._request, lease, _, _ = plane.core.route(self.head, self._data, now_ns)
             else:
                 self._request = plane.core.read_request(self.head, self._data, now_ns)
         except BadRequest as error:
@@ -95,7 +105,7 @@ class RoutedExchange(LeasedExchange):
             if lease is None:
                 self._attempt(now_ns, allow_failed=False)
             else:
-                self._try(lease, slot, incarnation, now_ns)
+                self._try(lease, now_ns)
             return
         self._is_admitted = False
         try:
@@ -155,20 +165,19 @@ class RoutedExchange(LeasedExchange):
         if lease is None:
             self._nobody(now_ns)
             return
-        self._try(lease, lease.slot, lease.incarnation, now_ns)
+        self._try(lease, now_ns)
 
-    def _try(self, lease: Lease, slot: int, incarnation: int, now_ns: int) -> None:
+    def _try(self, lease: Lease, now_ns: int) -> None:
         """A worker is chosen: ask the pool for a connection to it."""
-        plane = self._plane
-        address = plane.directory.address(slot, incarnation)
-        if address is None:  # the worker left between the two calls
+        pool = self._plane.pool_for(lease.slot, lease.incarnation)
+        if pool is None:  # the worker left between the two calls
             lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, now_ns)
             self._failed(Failure.NOT_SENT, ErrorCode.NO_AVAILABLE_WORKERS, "The worker was removed; try again")
             return
         self._lease = lease
-        self._address = address
+        self._address = pool.address  # type: ignore[assignment]  # as in `start`
         self._may_resend = True
-        self._pool = pool = plane.pools.get(address.worker_id) or plane.new_pool(address)
+        self._pool = pool
         connection = pool.take()
         if connection is None:
             pool.open(self)
@@ -249,13 +258,7 @@ class RoutedExchange(LeasedExchange):
         lease: Lease = self._lease  # type: ignore[assignment]  # a request that is sent has one
         address = self._address
         authorization = address.authorization or self._plane.worker_authorization
-        first, rest = lease.to_worker(self.head, address.host_header, authorization, self._data)
-        connection.exchange = self
-        connection.uses += 1
-        write = connection.transport.write
-        write(first)
-        if rest is not None:
-            write(rest)
+        connection.send(self, *lease.to_worker(self.head, address.host_header, authorization, self._data))
 
     def connect_failed(self, reason: str, failure: ConnectFailure) -> None:
         if self.is_over:

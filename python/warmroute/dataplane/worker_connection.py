@@ -59,10 +59,12 @@ class WorkerConnection(asyncio.Protocol):
 
     # -- from the exchange
 
-    def send(self, exchange: Exchange, message: bytes) -> None:
+    def send(self, exchange: Exchange, message: bytes, rest: bytes | None = None) -> None:
         self.exchange = exchange
         self.uses += 1
         self.transport.write(message)
+        if rest is not None:
+            self.transport.write(rest)
 
     def pause(self) -> None:
         """The client is slow."""
@@ -98,7 +100,9 @@ class WorkerConnection(asyncio.Protocol):
         feed = self._feed
         now_ns = monotonic_ns()
         if feed is None:
-            self._head_received(data, now_ns)
+            exchange = self.exchange
+            if exchange is None or self._pending or not exchange.answered(self, data, now_ns):
+                self._head_received(data, now_ns)
             return
         try:
             end = feed(data, now_ns)
@@ -135,8 +139,6 @@ class WorkerConnection(asyncio.Protocol):
             return
         if self._pending:
             data = self._pending + data
-        elif exchange.answered(self, data, now_ns):
-            return
         try:
             begun = self._pool.parser.begin_response(data, exchange.head, now_ns)
         except BadHead as error:

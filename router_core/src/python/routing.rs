@@ -1,5 +1,7 @@
 //! What a data plane asks of the engine for each request.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -12,19 +14,74 @@ use super::views::Explanation;
 use crate::prompt::Endpoint;
 
 /// Head; whether the body is all there; what comes behind it, or else behind the head; whether the connection can be used again; whether
-/// it is for a worker and of somebody who may ask one; then what `route` returns.
-type Begun<'py> =
-    (Bound<'py, RequestHead>, bool, Bound<'py, PyBytes>, bool, bool, Option<Py<PyAny>>, Option<Lease>, u16, u64);
+/// it is for a worker and of somebody who may ask one. Then the request, or why there is none, and its lease, as `route` gives them; the
+/// pool of the worker's connections, and the two parts of what goes to it.
+type Begun<'py> = (
+    Bound<'py, RequestHead>,
+    bool,
+    Bound<'py, PyBytes>,
+    bool,
+    bool,
+    Option<Py<PyAny>>,
+    Option<Lease>,
+    Option<Py<PyAny>>,
+    Option<Bound<'py, PyBytes>>,
+    Option<Bound<'py, PyBytes>>,
+);
+
+/// What requests are sent to workers with, by slot. Of one incarnation it never changes.
+#[pyclass(module = "warmroute._core", frozen)]
+pub(super) struct Upstreams(Mutex<Vec<Option<Upstream>>>);
+
+struct Upstream {
+    incarnation: u64,
+    host: Vec<u8>,
+    authorization: Option<Vec<u8>>,
+    pool: Py<PyAny>,
+}
+
+impl Upstreams {
+    fn all(&self) -> MutexGuard<'_, Vec<Option<Upstream>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Upstreams {
+    #[new]
+    fn new() -> Self {
+        Self(Mutex::default())
+    }
+
+    #[pyo3(signature = (slot, incarnation, host, authorization, pool, /))]
+    fn put(&self, slot: u16, incarnation: u64, host: Vec<u8>, authorization: Option<Vec<u8>>, pool: Py<PyAny>) {
+        let mut all = self.all();
+        if all.len() <= usize::from(slot) {
+            all.resize_with(usize::from(slot) + 1, || None);
+        }
+        all[usize::from(slot)] = Some(Upstream { incarnation, host, authorization, pool });
+    }
+
+    #[pyo3(signature = (pool, /))]
+    fn forget(&self, pool: &Bound<'_, PyAny>) {
+        for place in self.all().iter_mut() {
+            if place.as_ref().is_some_and(|upstream| upstream.pool.is(pool)) {
+                *place = None;
+            }
+        }
+    }
+}
 
 type Routed = (RoutedRequest, Option<Lease>, u16, u64);
 
 #[pymethods]
 impl Core {
-    #[pyo3(signature = (parser, data, routes, now_ns, /))]
+    #[pyo3(signature = (parser, upstreams, data, routes, now_ns, /))]
     fn begin<'py>(
         &self,
         py: Python<'py>,
         parser: &HeadParser,
+        upstreams: &Upstreams,
         data: &[u8],
         routes: bool,
         now_ns: Nanoseconds,
@@ -32,20 +89,31 @@ impl Core {
         let Some((head, end)) = parser.begin(data)? else { return Ok(None) };
         let keep_alive = head.head.keep_alive();
         let is_for_worker = head.is_authorized && head.head.route().is_routed();
-        let (mut request, mut lease, mut place) = (None, None, (0, 0));
+        let (mut request, mut lease, mut pool, mut first, mut second) = (None, None, None, None, None);
         if routes && is_for_worker && end.is_some() {
             match self.route(&head, data, now_ns) {
                 Ok(routed) => {
                     request = Some(Bound::new(py, routed.0)?.into_any().unbind());
-                    (lease, place) = (routed.1, (routed.2, routed.3));
+                    lease = routed.1;
                 }
                 // With a head the client can be told what its request was called.
                 Err(refusal) => request = Some(refusal.into_value(py).into_any()),
             }
         }
+        if let Some(lease) = &lease {
+            let (slot, incarnation) = lease.place();
+            let all = upstreams.all();
+            if let Some(Some(upstream)) = all.get(usize::from(slot))
+                && upstream.incarnation == incarnation
+            {
+                let (host, authorization) = (&upstream.host, upstream.authorization.as_deref());
+                let message = lease.message(py, &head, host, authorization, data);
+                (pool, first, second) = (Some(upstream.pool.clone_ref(py)), Some(message.0), message.1);
+            }
+        }
         let rest = PyBytes::new(py, &data[end.unwrap_or_else(|| head.head.size())..]);
         let head = Bound::new(py, head)?;
-        Ok(Some((head, end.is_some(), rest, keep_alive, is_for_worker, request, lease, place.0, place.1)))
+        Ok(Some((head, end.is_some(), rest, keep_alive, is_for_worker, request, lease, pool, first, second)))
     }
 
     #[pyo3(signature = (path, routing_headers, body, now_ns, /))]
@@ -90,4 +158,8 @@ impl Core {
     fn explain_request(&self, request: &RoutedRequest, now_ns: u64) -> PyResult<Explanation> {
         Ok(Explanation(self.router.explain_request(&request.0, now_ns)?))
     }
+}
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Upstreams>()
 }
