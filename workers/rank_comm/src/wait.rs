@@ -32,8 +32,8 @@ impl Signal {
         }
     }
 
-    /// First calls `meanwhile` as long as that says that there is more to do, a moment each time. Then awake for `spin`, then asleep;
-    /// `nap` is how long at a time, after which `on_nap` may end it with an error.
+    /// First calls `meanwhile` as long as that says that there is more to do, a moment each time, if there is any `spin`. Then awake for
+    /// `spin`, then asleep; `nap` is how long at a time, after which `on_nap` may end it with an error.
     pub(crate) fn wait_until<E>(
         &self,
         reached: impl Fn(u32) -> bool,
@@ -46,7 +46,8 @@ impl Signal {
             if reached(self.value()) {
                 return Ok(());
             }
-            if !meanwhile() {
+            // Without a core of its own a rank leaves it to those who are waited for.
+            if spin.is_zero() || !meanwhile() {
                 break;
             }
         }
