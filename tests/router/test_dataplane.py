@@ -339,6 +339,59 @@ async def test_a_slow_reader_pauses_its_worker_and_not_the_router() -> None:
         writer.transport.abort()
 
 
+async def test_a_pool_stays_as_long_as_somebody_uses_its_connections() -> None:
+    """It was swept when none was idle, and what came back to it was never found again."""
+    async with FakeWorker() as worker, running([worker]) as router:
+        worker.script = Script(chunks=20, chunk_seconds=0.02)
+        async with router.client.stream("POST", CHAT, json=chat(stream=True)) as streamed:
+            router.plane._sweep()
+            (pool,) = router.plane.pools.values()
+            assert [line async for line in streamed.aiter_lines()]
+        worker.script = Script()
+        assert (await router.client.post(CHAT, json=chat())).status_code == 200
+        assert list(router.plane.pools.values()) == [pool]
+        assert (pool.connections, len(pool.idle)) == (1, 1)
+        pool.idle[0].transport.abort()
+        await asyncio.sleep(0.01)
+        assert pool.connections == 0
+        router.plane._sweep()
+        assert not router.plane.pools
+
+
+async def test_the_last_answer_of_a_connection_is_delivered_before_it_is_closed() -> None:
+    """As long as somebody reads it, however old the connection is; and what is pipelined behind it is not begun."""
+    async with FakeWorker() as worker, running([worker], client_idle_timeout_secs=1) as router:
+        worker.script = Script(chunks=400, chunk_bytes=60_000)
+        reader, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1024)
+        last = request(CHAT, CHAT_BYTES, b"connection: close")
+        await asyncio.sleep(0.9)
+        writer.write(last + last)
+        got = 0
+        for _ in range(40):
+            got += len(await reader.read(100_000))
+            await asyncio.sleep(0.1)
+        while data := await asyncio.wait_for(reader.read(1 << 20), 5):
+            got += len(data)
+        assert got > 400 * 60_000
+        assert len(worker.record.requests) == 1
+        writer.close()
+        await router.quiet()
+
+
+async def test_a_client_that_never_reads_is_cut_off() -> None:
+    async with FakeWorker() as worker, running([worker], client_idle_timeout_secs=1) as router:
+        worker.script = Script(chunks=1, chunk_bytes=30_000)
+        _, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1024)
+        writer.write(request(CHAT, CHAT_BYTES) * 1000)
+        await asyncio.sleep(0.5)
+        assert router.plane.connections
+        async with asyncio.timeout(8):
+            while router.plane.connections:
+                await asyncio.sleep(0.05)
+        writer.transport.abort()
+        await router.quiet()
+
+
 async def test_an_answer_before_the_whole_request_was_sent() -> None:
     """What is left of the request would be read as the next one: the connection is not used again."""
     connections: list[asyncio.Task[Any] | None] = []

@@ -176,7 +176,7 @@ def test_each_token_is_cached_once(deepseek: Reference, ranks: int) -> None:
             stored[name] = kv_bytes(worker)
     assert len(set(stored["plain"])) == 1
     assert sum(stored["dp"]) == stored["plain"][0]
-    assert all(0 < own < stored["plain"][0] * 3 / (2 * ranks) for own in stored["dp"])
+    assert all(0 < own < stored["plain"][0] * 2 / ranks for own in stored["dp"])
 
 
 def test_what_one_rank_has_cached_another_has_not(deepseek: Reference) -> None:

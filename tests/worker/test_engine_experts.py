@@ -167,13 +167,16 @@ def _through(folder: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyP
 
 
 def _zipf(seed: int = 0) -> None:
-    """Experts are chosen as if by chance, but by the row alone: the n-th as often as 1/n."""
+    """Experts are chosen as if by chance, but by the row alone: the n-th as often as 1/n.
+
+    Sums in another order move a row by some 1e-6, which must hardly ever be enough for another expert.
+    """
     popularity = 1 / torch.arange(1, EXPERTS + 1).double()
     borders = (popularity / popularity.sum()).cumsum(0)
 
     def chosen(self: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         del self
-        numbers = (x[:, :2].double().abs() * 977 + seed) % 1
+        numbers = (x[:, :2].double().abs() * 7 + seed / 8) % 1
         first = torch.searchsorted(borders, numbers[:, 0].contiguous()).clamp(max=EXPERTS - 1)
         second = torch.searchsorted(borders, numbers[:, 1].contiguous()).clamp(max=EXPERTS - 1)
         second = torch.where(second == first, (first + 1) % EXPERTS, second)
@@ -216,7 +219,7 @@ def _hashes(layer: Any) -> dict[int, str]:
         ),
         pytest.param(SENT | DP | {"tp_size": 4, "ep_num_redundant_experts": 4}, marks=pytest.mark.slow),
         pytest.param(
-            {"tp_size": 4, "ep_size": 2, "ep_num_redundant_experts": 4, "moe_runner_backend": "grouped_mm"},
+            {"tp_size": 4, "ep_size": 2, "moe_runner_backend": "grouped_mm"},
             marks=pytest.mark.slow,
         ),
     ],
@@ -256,11 +259,11 @@ def _check_moves(folder: Path, worker: Drivers) -> None:
     assert len(by_rank) == worker.args.tp_size
     moved = 0
     for share in range(size):
-        now = list(range(EXPERTS)) + list(range(4))
+        first = list(range(EXPERTS)) + list(range(worker.args.ep_num_redundant_experts))
         maps: dict[int, list[int]] = {}
         for number, lines in enumerate(zip(*by_rank[share::size], strict=True)):
             layer = number % MOE_LAYERS
-            now = maps.get(layer, list(range(EXPERTS)) + list(range(4)))
+            now = maps.get(layer, first)
             weights = {now[int(slot)]: digest for line in lines for slot, digest in line["before"].items()}
             assert len(set(weights.values())) == EXPERTS
             for line in lines:

@@ -133,6 +133,19 @@ def test_chunks_keep_to_the_limit_and_only_the_last_one_samples() -> None:
     assert [plan.sampled.tolist() for plan in run.plans] == [[False]] * 3 + [[True, False], [True]]
 
 
+def test_a_prompt_that_is_told_leaves_the_rest_of_the_step_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of it only so much is computed in a step as may be told; the same prompt untold does not wait for it either."""
+    monkeypatch.setattr("warmroute_worker.scheduler.scheduler.MOST_TOLD", 4)
+    run = Run(chunked_prefill_size=16)
+    told = generate("told", 40, new=1, sampling=Sampling(logprobs=0, prompt_logprobs_from=1))
+    run.scheduler.add(told)
+    run.scheduler.add(generate("b", 10, new=1, start=3))
+    run.scheduler.add(generate("same prompt", 40, new=1))
+    run.finish()
+    assert run.plans[0].lengths.tolist() == [4, 10, 2]
+    check_told(run, told)
+
+
 def test_decoding_goes_on_while_others_are_prefilled() -> None:
     run = Run(chunked_prefill_size=8)
     run.scheduler.add(generate("a", 3, new=20, ignore_eos=True))

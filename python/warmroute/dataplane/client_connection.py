@@ -66,6 +66,7 @@ class ClientConnection(asyncio.Protocol):
         "_plane",
         "_since_ns",
         "_transport",
+        "_unread",
         "came_late",
         "exchange",
         "keep_alive",
@@ -88,6 +89,8 @@ class ClientConnection(asyncio.Protocol):
         self._paused_reading = False
         self._is_full = False
         """The client does not read: what is written to it piles up here."""
+        self._unread = 0
+        """How many bytes have, when somebody last looked."""
         self.came_late = plane.is_draining
         """It was accepted when the router was going away already."""
         self._has_asked = False
@@ -147,9 +150,12 @@ class ClientConnection(asyncio.Protocol):
             return
         times = self._plane.times
         waited_ns = now_ns - self._since_ns
-        if self._is_full:
+        unread, self._unread = self._unread, self._transport.get_write_buffer_size()
+        if self._unread < unread:
+            self._since_ns = now_ns  # it reads, if slowly
+        elif self._is_full:
             if waited_ns >= times.client_idle_ns:
-                self._transport.abort()  # to close it would wait for what is not read
+                self._end()
         elif self._head is not None:
             if waited_ns >= times.body_ns:
                 seconds = times.body_ns / 1e9
@@ -158,7 +164,7 @@ class ClientConnection(asyncio.Protocol):
             if waited_ns >= times.header_ns:
                 self._refuse(408, f"The head of the request was not complete after {times.header_ns / 1e9:g} s")
         elif waited_ns >= (times.client_idle_ns if self._has_asked else times.header_ns):
-            self._transport.close()
+            self._end()
 
     def pause_writing(self) -> None:
         self._is_full = True
@@ -170,6 +176,7 @@ class ClientConnection(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.resume()
         else:
+            self._since_ns = self._plane.second_ns
             self._go_on()
 
     # -- from the exchange
@@ -177,10 +184,10 @@ class ClientConnection(asyncio.Protocol):
     def exchange_ended(self) -> None:
         """The response is written whole."""
         self.exchange = None
-        if not self.keep_alive:  # and the client was told so; whoever was not may be writing its next request
-            self._transport.close()
-            return
         self._since_ns = self._plane.second_ns
+        if not self.keep_alive:  # and the client was told so; whoever was not may be writing its next request
+            self.close()
+            return
         if self._paused_reading or self._buffer or self._is_full:
             self._go_on()
 
@@ -206,13 +213,16 @@ class ClientConnection(asyncio.Protocol):
         self.exchange_ended()
 
     def close(self) -> None:
-        """After what is written has been sent."""
+        """After what is written has been sent. What the client asked behind it is not answered."""
         self.exchange = None
+        self._buffer = b""
+        self._since_ns = self._plane.second_ns
         self._transport.close()
 
     def abort(self) -> None:
         """What has begun cannot be completed: a clean end would be a lie."""
         self.exchange = None
+        self._buffer = b""
         self._transport.abort()
 
     # -- requests
@@ -298,8 +308,15 @@ class ClientConnection(asyncio.Protocol):
         self._head = None
         self._buffer = data[end:]
         self._dispatch(head, request, head.is_authorized and head.is_routed)
-        if self._buffer and self.exchange is None and not self._advancing:
+        if self._buffer and self.exchange is None and not self._advancing and not self._is_full:
             self._advance(self._buffer)
+
+    def _end(self) -> None:
+        """It has been waited for long enough."""
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()  # to close it would wait for what nobody reads
+        else:
+            self._transport.close()
 
     def _keep_part(self, part: bytes) -> None:
         self._since_ns = self._plane.second_ns
@@ -372,4 +389,4 @@ class ClientConnection(asyncio.Protocol):
         self._plane.core.count_http(OTHER, OTHER, status)
         self._respond(*http_error(code or ErrorCode.of_status(status), message), self._plane.parser.new_request_id())
         self._transport.write_eof()
-        self._plane.loop.call_later(LINGER_SECONDS, self._transport.close)
+        self._plane.loop.call_later(LINGER_SECONDS, self._end)

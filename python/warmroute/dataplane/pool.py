@@ -42,7 +42,7 @@ class ConnectFailure(enum.Enum):
 class Pool:
     """All connections to one worker, or to the control app."""
 
-    __slots__ = ("_connect", "_connect_seconds", "_connecting", "address", "idle", "parser")
+    __slots__ = ("_connect", "_connect_seconds", "_connecting", "address", "connections", "idle", "parser")
 
     def __init__(
         self, connect: Connect, parser: HeadParser, connect_seconds: float, address: WorkerAddress | None = None
@@ -54,14 +54,16 @@ class Pool:
         self.parser = parser
         self.idle: list[WorkerConnection] = []
         """In the order in which they were given back."""
+        self.connections = 0
+        """Idle ones and those that an exchange has."""
         self._connecting: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<Pool [{len(self.idle)} idle, {len(self._connecting)} connecting]>"
+        return f"<Pool [{len(self.idle)} of {self.connections} idle, {len(self._connecting)} connecting]>"
 
     @property
     def is_empty(self) -> bool:
-        return not self.idle and not self._connecting
+        return not self.connections and not self._connecting
 
     def take(self) -> WorkerConnection | None:
         """An idle connection; None: there is none, `open` one."""

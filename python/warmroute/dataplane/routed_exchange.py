@@ -171,7 +171,8 @@ class RoutedExchange(LeasedExchange):
         """A worker is chosen: ask the pool for a connection to it."""
         pool = self._plane.pool_for(lease.slot, lease.incarnation)
         if pool is None:  # the worker left between the two calls
-            lease.release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, now_ns)
+            release = lease.release
+            self._plane.surely(lambda: release(OutcomeKind.CONNECT_FAILED, 0, -1, None, None, -1, -1, -1, now_ns))
             self._failed(Failure.NOT_SENT, ErrorCode.NO_AVAILABLE_WORKERS, "The worker was removed; try again")
             return
         self._lease = lease

@@ -95,6 +95,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self._pool.connections += 1
 
     def data_received(self, data: bytes) -> None:
         feed = self._feed
@@ -119,6 +120,7 @@ class WorkerConnection(asyncio.Protocol):
         return False  # close the transport; connection_lost tells the exchange
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.connections -= 1
         exchange = self.exchange
         if exchange is None:
             self._pool.forget(self)

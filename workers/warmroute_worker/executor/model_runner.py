@@ -93,6 +93,7 @@ class ModelRunner:
         layers = len(self.stage.layers)
         with torch.inference_mode():
             self.model = _load(folder, config, args, sizes, self.stage)
+            memory.give_back()
             self.pool = KvPool(layers, sizes.num_pages, args.page_size, kv_shape, sizes.dtype, sizes.device)
         self._has_experts = config.moe is not None
         self._recorders: list[torch.Tensor] | None = None

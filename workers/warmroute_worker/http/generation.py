@@ -11,7 +11,7 @@ import uuid
 from typing import TYPE_CHECKING, Self
 
 from warmroute_worker import messages
-from warmroute_worker.http.errors import ApiError, ErrorCode
+from warmroute_worker.http.errors import ApiError, ErrorCode, invalid
 from warmroute_worker.http.service import token_limit
 from warmroute_worker.request_state import RequestState
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from warmroute_worker.engine_client import EngineClient
     from warmroute_worker.http.fields import Sampling
     from warmroute_worker.http.service import Service
+
+
+MOST_TOLD = 4_000_000
+"""Logprobs of prompts of one HTTP request, the likeliest ones included: some 60 MB on their way from the engine."""
 
 
 class Generation:
@@ -53,6 +57,14 @@ class Generation:
         self.answers_each = sampling.num_answers
         """Of every prompt; they stand side by side in `states`."""
         prompts = [prompt for prompt in prompts for _ in range(sampling.num_answers)]
+        if sampling.prompt_logprobs_from is not None:
+            told = sum(max(len(prompt) - sampling.prompt_logprobs_from, 0) for prompt in prompts)
+            told *= 1 + (sampling.logprobs or 0)
+            if told > MOST_TOLD:
+                raise invalid(
+                    f"logprobs of prompts: {told} are wanted, the most is {MOST_TOLD}; ask for fewer tokens or prompts",
+                    param,
+                )
         self.states: list[RequestState] = []
         self._engine = service.engine
         self._clients: list[EngineClient] = []

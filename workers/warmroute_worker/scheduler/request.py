@@ -116,6 +116,11 @@ class Request:
         """The prompt tokens that are told by what is computed at these positions."""
         return range(max(start + 1, self.untold), min(start + length + 1, self.prompt_length))
 
+    def next_length(self, most_told: int) -> int:
+        """Of what is pending, how much can be computed without telling more than so many tokens."""
+        tells = self.told_by(self.num_computed, self.num_pending)
+        return self.num_pending if len(tells) <= most_told else tells[most_told] - 1 - self.num_computed
+
     def keys(self, num_tokens: int) -> list[PageKey]:
         """The keys of the full pages among the first `num_tokens` tokens."""
         size, count = self.page_size, num_tokens // self.page_size

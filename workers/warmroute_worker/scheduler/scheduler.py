@@ -329,7 +329,7 @@ class Scheduler:
     def _admit(self, now: float) -> None:
         """Move waiting requests to running, in order, as long as rows, pages and this step's token budget last."""
         budget = self._prefill_budget() - sum(
-            request.num_pending for request in self._running if request.num_pending > 1
+            request.next_length(MOST_TOLD) for request in self._running if request.num_pending > 1
         )
         being_computed: set[tuple[Node, PageKey]] = set()
         for request in self._running:
@@ -354,7 +354,7 @@ class Scheduler:
             self._waiting.popleft()
             self._start(request, lease, now)
             being_computed |= self._next_published(request, lease)
-            budget -= request.num_pending
+            budget -= request.next_length(MOST_TOLD)
         self._waiting.extendleft(reversed(deferred))
 
     def _order(self) -> None:
@@ -404,10 +404,7 @@ class Scheduler:
         for request in self._running:
             pending = request.num_pending
             if pending > 1 and budget > 0:
-                length = min(pending, budget) if chunked else pending
-                tells = request.told_by(request.num_computed, length)
-                if len(tells) > told_budget:
-                    length = tells[told_budget] - 1 - request.num_computed
+                length = min(request.next_length(told_budget), budget if chunked else pending)
                 # Of a prompt that is told perhaps nothing can be computed in this step.
                 if length > 0:
                     chunks.append(Chunk.next_of(request, length))
@@ -424,7 +421,9 @@ class Scheduler:
         return request.keys(request.num_matchable)
 
     def _next_published(self, request: Request, lease: PageLease) -> set[tuple[Node, PageKey]]:
-        """What a running request computes next, and others may wait for."""
+        """What a running request computes next, and others may wait for: not if it has much to tell, which takes long."""
+        if request.next_length(MOST_TOLD) < request.num_pending:
+            return set()
         return _next_page(lease.node, lease.num_shared, request.keys(len(request.tokens) - 1))
 
     def _publish(self, request: Request) -> None:
