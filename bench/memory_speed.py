@@ -36,7 +36,7 @@ def _read_by(count: int) -> float:
         process.start()
         pipes.append(ours)
         processes.append(process)
-    seconds = [pipe.recv() for pipe in pipes]
+    seconds: list[list[float]] = [pipe.recv() for pipe in pipes]
     for process in processes:
         process.join()
     return MEGABYTES / 1e3 / statistics.median(map(max, zip(*seconds, strict=True)))
