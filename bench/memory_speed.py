@@ -39,7 +39,8 @@ def _read_by(count: int) -> float:
     seconds: list[list[float]] = [pipe.recv() for pipe in pipes]
     for process in processes:
         process.join()
-    return MEGABYTES / 1e3 / statistics.median([max(together) for together in zip(*seconds, strict=True)])
+    slowest: list[float] = [max(together) for together in zip(*seconds, strict=True)]
+    return MEGABYTES / 1e3 / statistics.median(slowest)
 
 
 def _read(megabytes: int, barrier: Barrier, pipe: Connection) -> None:
