@@ -18,6 +18,7 @@ __all__ = [
     "norm_heads",
     "products_are_fast",
     "rotate",
+    "rows_of",
     "silu_and_multiply",
     "store",
 ]
