@@ -421,7 +421,7 @@ class Scheduler:
         return request.keys(request.num_matchable)
 
     def _next_published(self, request: Request, lease: PageLease) -> set[tuple[Node, PageKey]]:
-        """What a running request computes next and others may wait for: nothing if it has much to tell, which is slow."""
+        """What a running request computes next and others may wait for; nothing if it has much to tell first."""
         if request.next_length(MOST_TOLD) < request.num_pending:
             return set()
         return _next_page(lease.node, lease.num_shared, request.keys(len(request.tokens) - 1))
