@@ -54,16 +54,17 @@ class Link:
         self._poll.register(sock, select.POLLIN)
 
     def receive(self, *, wait: bool) -> list[Message] | None:
-        """All that has arrived, after waiting a moment for something if `wait`. None: the other end is closed."""
+        """All that has arrived, after waiting a moment for something if `wait`. None: the other end is closed, and all
+        that it said before has been returned."""
         messages: list[Message] = []
         timeout = NAP_MS if wait else 0
         while self._poll.poll(timeout):
             try:
                 data = self._sock.recv(READ_BYTES)
             except ConnectionError:
-                return None
+                data = b""
             if not data:
-                return None
+                return messages or None
             messages += self._reader.feed(data)
             # Half a frame is no reason to stop waiting for the other half.
             timeout = 0 if messages else timeout
@@ -101,9 +102,13 @@ def serve(link: Link, engine: Engine, links: RankLinks) -> int:
     """Take what has arrived, compute one step, say what it brought; until the other end is gone or says Shutdown."""
     pauses: list[Pause] = []
     leaving = False
-    while (messages := link.receive(wait=not engine.must_step)) is not None:
+    while True:
+        messages = link.receive(wait=not engine.must_step)
         links.beat()
-        for message in messages:
+        if messages is None:
+            leaving = True
+            engine.scheduler.abort_all()
+        for message in messages or ():
             if isinstance(message, Shutdown):
                 leaving = True
                 engine.scheduler.abort_all()

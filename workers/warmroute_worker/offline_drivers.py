@@ -137,11 +137,16 @@ def drivers(args: WorkerArgs, prepare: Callable[[], None] | None = None) -> Iter
     finally:
         for ours, _ in pairs:
             ours.close()
-        for child in children:
+        late = []
+        for rank, child in enumerate(children):
             child.join(JOIN_SECONDS)
+            if child.exitcode is None:
+                late.append(rank)
             child.kill()
             child.join()
             child.close()
+    if late:
+        raise RuntimeError(f"ranks {late} did not leave when they were told to")
 
 
 def _be_rank(rank: int, args_json: str, fd: Any, sock: Any, prepare: Callable[[], None] | None) -> None:
