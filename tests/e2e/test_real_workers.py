@@ -144,6 +144,7 @@ def test_the_worker_says_what_it_is(setup: Setup) -> None:
             assert request("GET", url + path)[0] == 200, path
 
 
+@pytest.mark.slow
 def test_keep_alive_of_the_workers_outlives_our_pool(setup: Setup) -> None:
     """Two requests with a pause on pooled connections: no error (the long version is a slow drill)."""
     for _ in range(2):
