@@ -378,6 +378,48 @@ async def test_the_last_answer_of_a_connection_is_delivered_before_it_is_closed(
         await router.quiet()
 
 
+class _Unread(asyncio.Transport):
+    """A client's end that takes what is written and delivers nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[str] = []
+
+    def get_write_buffer_size(self) -> int:
+        return 100_000
+
+    def write(self, data: Any) -> None:
+        raise AssertionError("nothing is written behind the last answer")
+
+    def close(self) -> None:
+        self.ends.append("closed")
+
+    def abort(self) -> None:
+        self.ends.append("aborted")
+
+
+async def test_behind_its_last_answer_a_connection_begins_nothing() -> None:
+    """And it is given the time from that answer on to read it, not from what it did before."""
+    second = 10**9
+    async with FakeWorker() as worker, running([worker], client_idle_timeout_secs=60) as router:
+        connection, transport = router.plane.protocol_factory(), _Unread()
+        connection.connection_made(transport)
+        router.plane.second_ns += 100 * second
+        connection.pause_writing()
+        connection._buffer = request(CHAT, CHAT_BYTES)
+        connection.keep_alive = False
+        connection.exchange_ended()
+        connection.check_time(router.plane.second_ns + second)
+        assert transport.ends == ["closed"]
+        connection.resume_writing()
+        assert connection.is_idle
+        assert [target.selections for target in router.core.targets()] == [0]
+        connection.pause_writing()
+        connection.check_time(router.plane.second_ns + 61 * second)
+        assert transport.ends == ["closed", "aborted"]
+        connection.connection_lost(None)
+
+
 async def test_a_client_that_never_reads_is_cut_off() -> None:
     async with FakeWorker() as worker, running([worker], client_idle_timeout_secs=1) as router:
         worker.script = Script(chunks=1, chunk_bytes=30_000)

@@ -114,7 +114,7 @@ impl Lease {
     /// The request `data`, which begins with `head`, as it goes to the target; of a long one the second part is to be sent behind
     /// the first.
     #[pyo3(signature = (head, host, authorization, data, /))]
-    fn to_worker<'py>(
+    pub(super) fn to_worker<'py>(
         &self,
         py: Python<'py>,
         head: &RequestHead,
@@ -122,7 +122,23 @@ impl Lease {
         authorization: Option<&[u8]>,
         data: &[u8],
     ) -> Message<'py> {
-        self.message(py, head, host, authorization, data)
+        let body = head.head.body_in(data);
+        let (offset, inserted) = self.0.splice().unwrap_or_default();
+        let (before, behind) = body.split_at(offset);
+        let length = body.len() + inserted.len();
+        let write_head = |message: &mut Vec<u8>| {
+            head.head.write_to_worker(message, host, authorization, head.id(), Some(length as u64), self.0.told_rank());
+        };
+        if length > JOINED_BODY_BYTES {
+            let body = if inserted.is_empty() { body } else { &[before, &inserted, behind].concat() };
+            return (written(py, write_head), Some(PyBytes::new(py, body)));
+        }
+        let message = written(py, |message| {
+            write_head(message);
+            message.reserve(length);
+            [before, &inserted, behind].iter().for_each(|part| message.extend_from_slice(part));
+        });
+        (message, None)
     }
 
     #[pyo3(signature = (
@@ -217,34 +233,6 @@ type Transitions<'py> = Option<Bound<'py, PyTuple>>;
 type Answer<'py> = (Bound<'py, PyBytes>, bool, Transitions<'py>, Option<Bound<'py, Response>>);
 
 impl Lease {
-    /// See `to_worker`.
-    pub(super) fn message<'py>(
-        &self,
-        py: Python<'py>,
-        head: &RequestHead,
-        host: &[u8],
-        authorization: Option<&[u8]>,
-        data: &[u8],
-    ) -> Message<'py> {
-        let body = head.head.body_in(data);
-        let (offset, inserted) = self.0.splice().unwrap_or_default();
-        let (before, behind) = body.split_at(offset);
-        let length = body.len() + inserted.len();
-        let write_head = |message: &mut Vec<u8>| {
-            head.head.write_to_worker(message, host, authorization, head.id(), Some(length as u64), self.0.told_rank());
-        };
-        if length > JOINED_BODY_BYTES {
-            let body = if inserted.is_empty() { body } else { &[before, &inserted, behind].concat() };
-            return (written(py, write_head), Some(PyBytes::new(py, body)));
-        }
-        let message = written(py, |message| {
-            write_head(message);
-            message.reserve(length);
-            [before, &inserted, behind].iter().for_each(|part| message.extend_from_slice(part));
-        });
-        (message, None)
-    }
-
     fn completed(&self, response: &Response, reused: bool, now_ns: u64) -> Result<Vec<router::Transition>, Error> {
         self.0.count_delivery(Some(reused), Some(&response.arrivals));
         let (prompt_tokens, completion_tokens, cached_tokens) = response.tokens();

@@ -107,7 +107,7 @@ impl Core {
                 && upstream.incarnation == incarnation
             {
                 let (host, authorization) = (&upstream.host, upstream.authorization.as_deref());
-                let message = lease.message(py, &head, host, authorization, data);
+                let message = lease.to_worker(py, &head, host, authorization, data);
                 (pool, first, second) = (Some(upstream.pool.clone_ref(py)), Some(message.0), message.1);
             }
         }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::sum::sum;
+use crate::tag::{described, tag};
 use crate::wait::Signal;
 use crate::{CommError, Counter, Dtype, Op, Region};
 
@@ -472,56 +473,9 @@ impl Group {
     }
 }
 
-/// An operation in one word, for comparison: what it is, over what, from or to whom (0: everybody), and how many bytes.
-fn tag(op: Op, dtype: Dtype, root: Option<usize>, bytes: usize) -> u64 {
-    let root = root.map_or(0, |root| root as u64 + 1);
-    (op as u64 + 1) << 60 | (dtype as u64) << 56 | root << 40 | bytes as u64 & BYTES
-}
-
-const BYTES: u64 = (1 << 40) - 1;
-
-fn described(tag: u64) -> String {
-    let op = Op::ALL.into_iter().find(|&op| op as u64 + 1 == tag >> 60).map_or("nothing", Op::name);
-    let dtypes = [Dtype::Float32, Dtype::Bfloat16, Dtype::Float16, Dtype::Bytes];
-    let dtype = dtypes.into_iter().find(|&dtype| dtype as u64 == tag >> 56 & 0xf).unwrap_or(Dtype::Bytes);
-    let root = match tag >> 40 & 0xffff {
-        0 => String::new(),
-        root => format!(" with root {}", root - 1),
-    };
-    format!("{op} of {} {}{root}", (tag & BYTES) as usize / dtype.size(), dtype.name())
-}
-
 fn nanoseconds(begin: Instant) -> u64 {
     u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn operations_are_counted_round_and_round() {
-        let plans = [GroupPlan { name: "all".into(), members: vec![0, 1, 2], depth: 2, slot_bytes: 64 }];
-        let file = Region::memory_file(3, &plans).unwrap();
-        let all_set = std::sync::Barrier::new(3);
-        std::thread::scope(|scope| {
-            for rank in 0..3 {
-                let (plans, file, all_set) = (&plans, &file, &all_set);
-                scope.spawn(move || {
-                    let region = Region::open(file, 3, plans).unwrap();
-                    let mut group = region.group(0, rank, Duration::from_micros(10), Some(Duration::from_secs(20)));
-                    // As if four billion operations had been done.
-                    group.next = u32::MAX - 20;
-                    group.signal(rank).set(group.next);
-                    all_set.wait();
-                    for round in 0..50_u8 {
-                        let mut data = [f32::from(round) + rank as f32; 3].map(f32::to_le_bytes).concat();
-                        group.all_reduce(&mut data, Dtype::Float32).unwrap();
-                        let sum = 3.0 * f32::from(round) + 3.0;
-                        assert_eq!(data, [sum; 3].map(f32::to_le_bytes).concat());
-                    }
-                });
-            }
-        });
-    }
-}
+mod tests;

@@ -10,6 +10,7 @@ mod group;
 mod region;
 mod status;
 mod sum;
+mod tag;
 mod wait;
 
 pub use error::CommError;
