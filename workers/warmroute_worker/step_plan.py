@@ -146,6 +146,15 @@ class StepPlan:
             return [self.record]
         return [Record(*row[: len(Record._fields)]) for row in self.everybody.tolist()]
 
+    @cached_property
+    def logit_rows(self) -> Int64s | None:
+        """Of the step's tokens, those whose logits are wanted: the sampled sequences, then what is told. None: all
+        in order, as in most steps.
+        """
+        if len(self.token_ids) == len(self) and not len(self.told) and self.sampled.all():
+            return None
+        return np.concatenate([np.cumsum(self.lengths, dtype=np.int64)[self.sampled] - 1, self.told.rows])
+
     @property
     def is_idle(self) -> bool:
         """Nobody has anything to compute."""

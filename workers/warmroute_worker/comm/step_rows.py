@@ -9,6 +9,7 @@ A rank shows its share of its group's rows only, so each row is moved once.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from warmroute_worker import topology
@@ -30,14 +31,22 @@ class StepRows:
         rank, of which there is one without DP attention."""
         self._stage, self._attention = stage, attention
         self.counts = counts
-        self._own = row_ranges(counts)[stage.rank // attention.size]
-        self._single = topology.share(len(self._own), attention.rank, attention.size)
-        self._singles = [len(topology.share(n, rank, attention.size)) for n in counts for rank in range(attention.size)]
 
-    @property
+    @cached_property
     def own(self) -> range:
         """Which of all rows are this data-parallel rank's."""
-        return self._own
+        return row_ranges(self.counts)[self._stage.rank // self._attention.size]
+
+    @cached_property
+    def _single(self) -> range:
+        """Of the own ones, those that are this rank's."""
+        return topology.share(len(self.own), self._attention.rank, self._attention.size)
+
+    @cached_property
+    def _singles(self) -> list[int]:
+        """How many those are, of each rank."""
+        size = self._attention.size
+        return [len(topology.share(count, rank, size)) for count in self.counts for rank in range(size)]
 
     def all(self, x: torch.Tensor) -> torch.Tensor:
         """Own rows -> everybody's."""
@@ -57,5 +66,5 @@ class StepRows:
     def joined(self, x: torch.Tensor) -> torch.Tensor:
         """What `single` gave, or was made of it -> own rows."""
         size = self._attention.size
-        counts = [len(topology.share(len(self._own), rank, size)) for rank in range(size)]
+        counts = [len(topology.share(len(self.own), rank, size)) for rank in range(size)]
         return self._attention.gather_rows(x, counts)

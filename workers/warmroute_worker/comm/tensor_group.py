@@ -72,7 +72,9 @@ class Alone:
 
     def join_columns(self, x: torch.Tensor, total: int, wanted: range | None) -> torch.Tensor | None:
         del total
-        return None if wanted is None else x[wanted.start : wanted.stop]
+        if wanted is None:
+            return None
+        return x if len(wanted) == len(x) else x[wanted.start : wanted.stop]
 
 
 class SharedMemoryGroup:

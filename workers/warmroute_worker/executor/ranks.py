@@ -54,7 +54,7 @@ class Rank:
         self.trace: Trace | None = None
         """While one is being made."""
         parallel = model_runner.expert_parallel(args, links)
-        sizes = model_runner.measure(config, args, links, parallel)
+        sizes = model_runner.measure(folder, config, args, links, parallel)
         # The least of all, so that a page number means the same everywhere.
         said = [
             text.split(maxsplit=1) for text in links.exchange(f"{sizes.num_pages} {sizes.dtype} on {sizes.device.type}")
@@ -130,7 +130,7 @@ class Rank:
     def _draw(self, plan: StepPlan, logits: torch.Tensor | None) -> Drawn:
         if logits is None:
             return [], {}
-        count = int(plan.sampled.sum())
+        count = plan.record.logit_rows - len(plan.told)
         sampled, told = logits[:count], logits[count:]
         tokens = sampler.sample(sampled, plan.sampling)
         reported = sampler.logprobs(sampled, plan.sampling, tokens)

@@ -21,8 +21,11 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> Int64s:
     """[rows, vocab] float32 logits -> [rows] token ids."""
     vocab = logits.shape[1]
     logits = _changed(logits, columns)
-    tokens = logits.argmax(dim=-1)
     drawn = columns.temperatures > 0
+    if not drawn.any() and logits.device.type == "cpu":
+        likeliest: Int64s = logits.numpy().argmax(axis=1)  # torch's takes 20 us more
+        return likeliest
+    tokens = logits.argmax(dim=-1)
     if drawn.any():
         fewer = ((columns.top_ks >= 1) & (columns.top_ks < vocab)) | (columns.top_ps < 1) | (columns.min_ps > 0)
         filtered = drawn & fewer

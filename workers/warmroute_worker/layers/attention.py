@@ -95,8 +95,9 @@ class PagedAttention:
 
     def begin(self, plan: StepPlan) -> AttentionBatch:
         """Update the page table and say where the plan's tokens belong."""
-        rows, indices, pages = plan.page_updates.T
-        self._page_table[rows, indices] = pages
+        if len(plan.page_updates):
+            rows, indices, pages = plan.page_updates.T
+            self._page_table[rows, indices] = pages
         if len(plan.token_ids) == len(plan):
             # Everybody decodes: most steps.
             positions, token_rows, num_decodes = plan.starts.astype(np.int64), plan.rows, len(plan)
@@ -113,7 +114,8 @@ class PagedAttention:
             seen = native.Seen(rows, visible, self._page_table, size, torch.get_num_threads())
         else:
             decodes = self._decodes(plan.rows[:num_decodes], plan.starts[:num_decodes] + 1)
-        prefills = [] if self._native and self._deterministic else self._prefills(plan, num_decodes)
+        decoded = self._native and (self._deterministic or num_decodes == len(plan))
+        prefills = [] if decoded else self._prefills(plan, num_decodes)
         positions = rounded_up(positions, self._rounded)
         return AttentionBatch(self._tensor(positions), self._tensor(slots), seen, decodes, prefills)
 

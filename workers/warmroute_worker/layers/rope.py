@@ -26,9 +26,13 @@ class RotaryEmbedding:
         self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)
         self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
         self._half = head_dim // 2
+        self._native = native.usable(dtype, device)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin of [tokens] positions, each [tokens, 1, head_dim]: once per step, for all layers."""
+        if self._native:
+            cos, sin = (native.rows_of(table, 0, positions) for table in (self._cos, self._sin))
+            return cos.unsqueeze(1), sin.unsqueeze(1)
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
     def rotate(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
