@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="auto", help="of the engine")
+    parser.add_argument("--checkpoint", default="float32", choices=["float32", "bfloat16"], help="its dtype")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -62,6 +63,7 @@ def write_config(folder: Path, options: argparse.Namespace) -> None:
         "num_key_value_heads": options.kv_heads,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
+        "dtype": options.checkpoint,
     }
     (folder / "config.json").write_text(json.dumps(config))
 

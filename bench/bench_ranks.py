@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=1408)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--checkpoint", default="float32", choices=["float32", "bfloat16"], help="its dtype")
     parser.add_argument("--new", type=int, default=96, help="tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=4)

@@ -99,8 +99,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What transformers' configuration of a family needs beside the numbers that all have."""
 
 
-def make_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Any:
-    """Save a random model into `folder` and return transformers' own."""
+def make_model(folder: Path, family: str, seed: int = 0, kept: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Save a random model into `folder`, as numbers of `kept`, and return transformers' own with the same."""
     import transformers
 
     torch.manual_seed(seed)
@@ -116,7 +116,9 @@ def make_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer += 0.25 * torch.randn_like(buffer)
-    model.save_pretrained(folder)
+        for numbers in model.state_dict().values():
+            numbers.copy_(numbers.to(kept))
+    model.save_pretrained(folder, state_dict={name: tensor.to(kept) for name, tensor in model.state_dict().items()})
     return model
 
 

@@ -117,8 +117,9 @@ def rotate(x: int, rows: int, stride: int, heads: int, dim: int, cos: int, sin: 
 def store(x: int, rows: int, stride: int, width: int, slots: int, pool: int, pool_slots: int) -> None:
     """pool[slots[i]] = the first `width` numbers of row i; `slots`: int64, `pool`: [pool_slots, width]."""
 
-def rows_of(weight: int, rows: int, width: int, first: int, ids: int, count: int, out: int) -> None:
-    """out[i] = weight[ids[i] - first], zeros where there is no such row; `ids`: `count` int64."""
+def rows_of(weight: int, rows: int, width: int, first: int, ids: int, count: int, out: int, bfloat16: bool) -> None:
+    """out[i] = weight[ids[i] - first], zeros where there is no such row; `ids`: `count` int64; `weight` may be
+    bfloat16."""
 
 def silu_and_multiply(x: int, out: int, rows: int, width: int) -> None:
     """[rows, 2 * width] -> [rows, width]"""
@@ -127,7 +128,9 @@ def silu_and_multiply(x: int, out: int, rows: int, width: int) -> None:
 class Matrix:
     """A copy of a matrix, [outputs, inputs], and of a bias (0: none), in the order that products read it in."""
 
-    def __new__(cls, weight: int, outputs: int, inputs: int, bias: int) -> Matrix: ...
+    def __new__(cls, weight: int, outputs: int, inputs: int, bias: int, bfloat16: bool) -> Matrix:
+        """A weight of 16 bits is kept so, and multiplied as the same numbers in 32 would be."""
+
     def multiply(self, x: int, rows: int, out: int, threads: int) -> None:
         """[rows, inputs] -> [rows, outputs]. The bits of a row do not depend on the others."""
 

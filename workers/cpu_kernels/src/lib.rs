@@ -11,8 +11,10 @@ mod matrix;
 mod memory;
 mod rows;
 mod simd;
+mod weight;
 
 pub use attention::{Cached, Queries, attend};
 pub use layer::{Layer, Step};
 pub use matrix::{Ahead, Matrix, products_are_fast};
 pub use rows::{add_and_norm, norm_heads, rotate, rows_of, silu_and_multiply, store};
+pub use weight::{Bfloat16, Weight};

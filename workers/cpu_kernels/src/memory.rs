@@ -5,10 +5,13 @@
 //! every 4 KB. A page of 2 MB is more than many a matrix, so they share chunks.
 #![allow(unsafe_code, reason = "several owners of parts of one mapping")]
 
+use std::marker::PhantomData;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::{MmapMut, MmapRaw};
+
+use crate::weight::Weight;
 
 /// Of what small matrices share. What is not used of it is never touched.
 const CHUNK: usize = 32 << 20;
@@ -22,30 +25,37 @@ const LINE: usize = 64;
 static OPEN: Mutex<Option<(Arc<MmapRaw>, usize)>> = Mutex::new(None);
 
 /// So many numbers, written once. A chunk is gone with the last of those in it.
-pub(crate) struct Numbers {
+pub struct Numbers<T> {
     chunk: Arc<MmapRaw>,
     start: usize,
     count: usize,
+    of: PhantomData<T>,
 }
 
-impl Numbers {
+impl<T: Weight> Numbers<T> {
     /// `fill` is given zeros.
     ///
     /// # Panics
     /// If there is no memory.
-    pub(crate) fn new(count: usize, fill: impl FnOnce(&mut [f32])) -> Self {
-        let (chunk, start) = place(count * size_of::<f32>());
+    pub(crate) fn new(count: usize, fill: impl FnOnce(&mut [T])) -> Self {
+        let (chunk, start) = place(count * size_of::<T>());
         // SAFETY: `place` has given this part to nobody else, nothing refers to it yet, it lies inside the mapping, at a multiple of 64, and
-        // is zero, which are numbers.
+        // is zero, which is a number of any kind.
         fill(unsafe { std::slice::from_raw_parts_mut(chunk.as_mut_ptr().add(start).cast(), count) });
-        Self { chunk, start, count }
+        Self { chunk, start, count, of: PhantomData }
+    }
+
+    /// As they lie in memory.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: as below; every byte of a number is one.
+        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), size_of_val::<[T]>(self)) }
     }
 }
 
-impl Deref for Numbers {
-    type Target = [f32];
+impl<T: Weight> Deref for Numbers<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
+    fn deref(&self) -> &[T] {
         // SAFETY: as above, and from now on nobody writes it.
         unsafe { std::slice::from_raw_parts(self.chunk.as_ptr().add(self.start).cast(), self.count) }
     }
@@ -80,7 +90,7 @@ mod tests {
     #[test]
     fn parts_do_not_touch() {
         let sizes = [1, 15, 16, 17, 1000, CHUNK / 4, 100, CHUNK / 2, 3];
-        let parts: Vec<Numbers> = sizes
+        let parts: Vec<Numbers<f32>> = sizes
             .iter()
             .enumerate()
             .map(|(index, &count)| {

@@ -1,6 +1,7 @@
 //! What is done to each row by itself.
 
 use crate::simd::{Fuse, dot, exp, kernel};
+use crate::weight::Weight;
 
 kernel! {
     /// `x` += `delta`, unless that is empty; `out` = `x` / sqrt(mean(x^2) + `eps`) x `weight`. All of rows as long as `weight`.
@@ -106,12 +107,12 @@ pub fn store(x: &[f32], stride: usize, width: usize, slots: &[i64], pool: &mut [
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn rows_of(weight: &[f32], width: usize, first: i64, ids: &[i64], out: &mut [f32]) {
+pub fn rows_of<W: Weight>(weight: &[W], width: usize, first: i64, ids: &[i64], out: &mut [f32]) {
     assert_eq!(out.len(), ids.len() * width);
     for (out, id) in out.chunks_exact_mut(width).zip(ids) {
         let found = usize::try_from(id - first).ok().and_then(|row| weight.chunks_exact(width).nth(row));
         match found {
-            Some(row) => out.copy_from_slice(row),
+            Some(row) => out.iter_mut().zip(row).for_each(|(out, number)| *out = (*number).into()),
             None => out.fill(0.0),
         }
     }

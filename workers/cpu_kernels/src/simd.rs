@@ -124,48 +124,36 @@ pub(crate) fn has_wide() -> bool {
 /// Numbers of a block; of a sum, as many are kept apart.
 pub(crate) const LANES: usize = 16;
 
-/// Asks for memory that will be read at once.
-#[inline(always)]
-pub(crate) fn prefetch(numbers: &[f32]) {
-    ask_for::<0>(numbers);
-}
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
 
-/// Asks for memory that will be read soon, not into the nearest cache, which is small.
+/// Asks for as many bytes as `numbers` have, which begin `distance` bytes behind them, for one use: they are not kept in the larger caches.
 #[inline(always)]
-pub(crate) fn prefetch_far(numbers: &[f32]) {
-    ask_for::<1>(numbers);
-}
-
-/// Asks for so many lines, which begin `distance` bytes behind `line`, for one use: they are not kept in the larger caches.
-#[inline(always)]
-pub(crate) fn prefetch_past_caches<const LINES: usize>(line: &[f32; LANES], distance: usize) {
+pub(crate) fn prefetch_past_caches<T>(numbers: &[T], distance: usize) {
     #[cfg(target_arch = "x86_64")]
-    for number in 0..LINES {
+    for line in (0..size_of_val(numbers)).step_by(LINE) {
         #[allow(unsafe_code, reason = "a hint, which does nothing where there is no memory")]
         // SAFETY: as below.
         unsafe {
             use std::arch::x86_64::{_MM_HINT_NTA, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_byte_add(distance + size_of_val(line) * number).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(numbers.as_ptr().wrapping_byte_add(distance + line).cast());
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (line, distance);
+    let _ = (numbers, distance);
 }
 
-/// `HOW_FAR`: 0 the nearest cache, 1 the next one.
+/// Asks for memory that will be read soon, into the core's own larger cache. Into the nearest one memory comes half as fast: fewer requests
+/// can be under way.
 #[inline(always)]
-fn ask_for<const HOW_FAR: u8>(numbers: &[f32]) {
+pub(crate) fn prefetch<T>(numbers: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    for line in numbers.chunks(16) {
+    for line in numbers.chunks(LINE / size_of::<T>()) {
         #[allow(unsafe_code, reason = "a hint, for an address that is valid")]
         // SAFETY: every x86-64 has the instruction, and it reads nothing that the program could see.
         unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-            if HOW_FAR == 0 {
-                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-            } else {
-                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
-            }
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -175,45 +163,29 @@ fn ask_for<const HOW_FAR: u8>(numbers: &[f32]) {
 /// Sum of products. The order of additions is fixed by the length alone.
 #[inline(always)]
 pub(crate) fn dot<F: Fuse>(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0_f32; LANES];
     let (a_blocks, a_rest) = a.as_chunks::<LANES>();
     let (b_blocks, b_rest) = b.as_chunks::<LANES>();
+    // By blocks: the compiler's own vectors are two numbers long where it knows how many blocks there are.
+    let mut sums = F::Block::zero();
     for (a, b) in a_blocks.iter().zip(b_blocks) {
-        for lane in 0..LANES {
-            sums[lane] = F::fuse(a[lane], b[lane], sums[lane]);
-        }
+        sums = sums.plus_products(F::Block::of(a), F::Block::of(b));
     }
-    let mut sum = halves(sums);
+    let mut sum = sums.sum();
     for (a, b) in a_rest.iter().zip(b_rest) {
         sum = F::fuse(*a, *b, sum);
     }
     sum
 }
 
-/// The sum of all lanes, halves first.
-#[inline(always)]
-fn halves(mut sums: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            sums[lane] += sums[lane + width];
-        }
-        width /= 2;
-    }
-    sums[0]
-}
-
 /// The sum; the order of additions is fixed by the length alone.
 #[inline(always)]
-pub(crate) fn sum(numbers: &[f32]) -> f32 {
-    let mut sums = [0.0_f32; LANES];
+pub(crate) fn sum<F: Fuse>(numbers: &[f32]) -> f32 {
     let (blocks, rest) = numbers.as_chunks::<LANES>();
+    let mut sums = F::Block::zero();
     for block in blocks {
-        for lane in 0..LANES {
-            sums[lane] += block[lane];
-        }
+        sums = sums.plus(1.0, F::Block::of(block));
     }
-    halves(sums) + rest.iter().sum::<f32>()
+    sums.sum() + rest.iter().sum::<f32>()
 }
 
 /// The largest number, none of which may be NaN; -inf of none.

@@ -1,7 +1,9 @@
 //! Each kernel against the same in double precision, written down without any thought of speed.
 #![allow(missing_docs, reason = "tests")]
 
-use cpu_kernels::{Cached, Matrix, Queries, add_and_norm, attend, norm_heads, rotate, silu_and_multiply, store};
+use cpu_kernels::{
+    Bfloat16, Cached, Matrix, Queries, add_and_norm, attend, norm_heads, rotate, silu_and_multiply, store,
+};
 
 /// Numbers between -1 and 1 that look random.
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -251,9 +253,34 @@ fn products_have_the_same_bits_in_any_company_and_on_any_number_of_threads() {
 }
 
 #[test]
+fn products_with_a_matrix_kept_in_16_bits_have_the_bits_of_the_same_numbers_in_32() {
+    for (outputs, inputs) in [(1, 3), (15, 8), (17, 40), (65, 7), (330, 1100)] {
+        let halves = upper_halves(&numbers(outputs * inputs, 17));
+        let whole: Vec<f32> = halves.iter().map(|&half| half.into()).collect();
+        let bias = numbers(outputs, 18);
+        let (half, whole) = (Matrix::new(&halves, inputs, &bias), Matrix::new(&whole, inputs, &bias));
+        for rows in [1, 2, 3, 4, 5, 6, 7, 13] {
+            let x = numbers(rows * inputs, 19);
+            for threads in [1, 3] {
+                let (mut out, mut wanted) = (vec![f32::NAN; rows * outputs], vec![0.0; rows * outputs]);
+                half.multiply(&x, &mut out, threads);
+                whole.multiply(&x, &mut wanted, threads);
+                assert_eq!(out, wanted, "{outputs} x {inputs}, {rows} rows, {threads} threads");
+            }
+        }
+    }
+}
+
+fn upper_halves(numbers: &[f32]) -> Vec<Bfloat16> {
+    numbers.iter().map(|number| Bfloat16((number.to_bits() >> 16) as u16)).collect()
+}
+
+#[test]
 fn rows_by_their_numbers() {
     let weight: Vec<f32> = (0..12).map(|i| i as f32).collect();
-    let mut out = vec![9.0; 12];
+    let (mut out, mut widened) = ([9.0; 12], [9.0; 12]);
     cpu_kernels::rows_of(&weight, 3, 10, &[11, 9, 13, 14], &mut out);
+    cpu_kernels::rows_of(&upper_halves(&weight), 3, 10, &[11, 9, 13, 14], &mut widened);
     assert_eq!(out, [3.0, 4.0, 5.0, 0.0, 0.0, 0.0, 9.0, 10.0, 11.0, 0.0, 0.0, 0.0]);
+    assert_eq!(out, widened);
 }

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use cpu_kernels::{Ahead, Cached, Layer, Matrix, Queries, Step};
+use cpu_kernels::{Ahead, Bfloat16, Cached, Layer, Matrix, Queries, Step};
 use pyo3::prelude::*;
 use rank_comm::Dtype;
 
@@ -60,10 +60,14 @@ fn store(x: usize, rows: usize, stride: usize, width: usize, slots: usize, pool:
 }
 
 #[pyfunction]
-fn rows_of(weight: usize, rows: usize, width: usize, first: i64, ids: usize, count: usize, out: usize) {
+fn rows_of(weight: usize, rows: usize, width: usize, first: i64, ids: usize, count: usize, out: usize, bfloat16: bool) {
     unsafe {
-        let (weight, out) = (numbers(weight, rows * width), numbers_mut(out, count * width));
-        cpu_kernels::rows_of(weight, width, first, numbers(ids, count), out);
+        let (ids, out) = (numbers(ids, count), numbers_mut(out, count * width));
+        if bfloat16 {
+            cpu_kernels::rows_of::<Bfloat16>(numbers(weight, rows * width), width, first, ids, out);
+        } else {
+            cpu_kernels::rows_of::<f32>(numbers(weight, rows * width), width, first, ids, out);
+        }
     }
 }
 
@@ -78,10 +82,16 @@ pub(crate) struct PyMatrix(Arc<Matrix>);
 #[pymethods]
 impl PyMatrix {
     #[new]
-    fn new(weight: usize, outputs: usize, inputs: usize, bias: usize) -> Self {
-        let biases = if bias == 0 { 0 } else { outputs };
-        let matrix = unsafe { Matrix::new(numbers(weight, outputs * inputs), inputs, numbers(bias, biases)) };
-        Self(Arc::new(matrix))
+    fn new(weight: usize, outputs: usize, inputs: usize, bias: usize, bfloat16: bool) -> Self {
+        let (count, biases) = (outputs * inputs, if bias == 0 { 0 } else { outputs });
+        Self(Arc::new(unsafe {
+            let bias = numbers(bias, biases);
+            if bfloat16 {
+                Matrix::new::<Bfloat16>(numbers(weight, count), inputs, bias)
+            } else {
+                Matrix::new::<f32>(numbers(weight, count), inputs, bias)
+            }
+        }))
     }
 
     fn multiply(&self, py: Python<'_>, x: usize, rows: usize, out: usize, threads: usize) {

@@ -28,16 +28,17 @@ from warmroute_worker.models import registry
 from warmroute_worker.models.decoder import Stage
 from warmroute_worker.weights.dummy import DummyWeights
 from warmroute_worker.weights.safetensors_reader import SafetensorsReader
-from warmroute_worker.weights.source import MeasuredWeights, Packing
+from warmroute_worker.weights.source import DEFAULT_PACKING, MeasuredWeights, Packing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from warmroute_worker.args import WorkerArgs
     from warmroute_worker.comm.rank_links import RankLinks
+    from warmroute_worker.layers.attention import AttentionBatch
     from warmroute_worker.model_config import ModelConfig
-    from warmroute_worker.models.decoder import Decoder
     from warmroute_worker.step_plan import StepPlan
+    from warmroute_worker.weights.source import WeightSource
 
 
 log = logging.getLogger("warmroute_worker.model_runner")
@@ -47,6 +48,8 @@ PRODUCTS_PER_LAYER = 4
 
 CACHED_BYTES = 16 << 20
 """Weights of so many bytes stay in the cache from step to step, so that a product takes as long as its call."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SINGLE_THREAD_BYTES, SINGLE_THREAD_MULTIPLICATIONS = 16 << 20, 1 << 24
 """Of one matrix product, on average: below both, waking a thread that sleeps costs more than it saves. Two cores, time
@@ -68,6 +71,8 @@ class Sizes:
     num_pages: int
     page_bytes: int
     weight_bytes: int
+    weights: int
+    """How many numbers those are."""
     dtype: torch.dtype
     device: torch.device
 
@@ -92,7 +97,15 @@ class ModelRunner:
         kv_shape = config.kv_shape(place.attention_tp_rank, place.layout.attention_tp_size)
         layers = len(self.stage.layers)
         with torch.inference_mode():
-            self.model = _load(folder, config, args, sizes, self.stage)
+            weights = _weights(
+                folder,
+                config,
+                args,
+                sizes.dtype,
+                sizes.device,
+                plain_for_one_row=sizes.weight_bytes <= CACHED_BYTES,
+            )
+            self.model = registry.build(config, weights, sizes.context_length, self.stage)
             memory.give_back()
             self.pool = KvPool(layers, sizes.num_pages, args.page_size, kv_shape, sizes.dtype, sizes.device)
         self._has_experts = config.moe is not None
@@ -119,7 +132,7 @@ class ModelRunner:
         self._hidden = config.hidden_size
         self._threads = args.threads or max(1, usable_cores() // links.ranks_on_host)
         self._single_thread_tokens = single_thread_tokens(
-            sizes.weight_bytes, sizes.weight_bytes // sizes.dtype.itemsize, PRODUCTS_PER_LAYER * layers
+            sizes.weight_bytes, sizes.weights, PRODUCTS_PER_LAYER * layers
         )
 
         if args.enable_torch_compile:
@@ -158,13 +171,18 @@ class ModelRunner:
         logit_rows = [record.logit_rows for record in records]
         if not any(logit_rows):
             return None
-        wanted = np.concatenate([np.cumsum(plan.lengths, dtype=np.int64)[plan.sampled] - 1, plan.told.rows])
-        if halves is not None:
-            # The first half is filled up, too.
-            wanted[wanted >= plan.first_half] += len(batches[0].positions) - plan.first_half
-        x = x[torch.from_numpy(rounded_up(wanted, self._rounded)).to(self._device)]
+        if plan.logit_rows is not None or halves is not None:
+            x = x[self._logit_rows(plan, batches)]
         logits = self.model.logits(x, self._rows(logit_rows), samples=self.place.samples)
-        return None if logits is None else logits[: len(wanted)]
+        return None if logits is None else logits[: plan.record.logit_rows]
+
+    def _logit_rows(self, plan: StepPlan, batches: Sequence[AttentionBatch]) -> torch.Tensor:
+        """Where in the step's vectors those are that become logits."""
+        rows = np.arange(len(plan.token_ids)) if plan.logit_rows is None else plan.logit_rows
+        if len(batches) > 1:
+            # The first half is filled up, too.
+            rows = rows + (rows >= plan.first_half) * (len(batches[0].positions) - plan.first_half)
+        return torch.from_numpy(rounded_up(rows, self._rounded)).to(self._device)
 
     def _compile(self) -> None:
         """Before the first request, which would wait for it. Raises StartupError."""
@@ -248,7 +266,7 @@ def stage_of(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: 
     )
 
 
-def measure(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: ExpertParallel) -> Sizes:
+def measure(folder: Path, config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: ExpertParallel) -> Sizes:
     """What this rank can hold. Raises StartupError."""
     place, layout = links.place, links.place.layout
     device, context_length = _device(args.device, links.local_rank), _context_length(config, args)
@@ -256,7 +274,7 @@ def measure(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: E
     if args.enable_deterministic_inference and not native.usable(dtype, device):
         raise ModelError("--enable-deterministic-inference is for float32 on CPU: add --device cpu --dtype float32")
     stage = stage_of(config, args, links, parallel)
-    source = MeasuredWeights(dtype)
+    source = MeasuredWeights(_weights(folder, config, args, dtype, device))
     registry.build(config, source, 1, stage)
     kv_shape = config.kv_shape(place.attention_tp_rank, layout.attention_tp_size)
     size_of_page = page_bytes(len(stage.layers), args.page_size, kv_shape, dtype)
@@ -270,7 +288,7 @@ def measure(config: ModelConfig, args: WorkerArgs, links: RankLinks, parallel: E
         mem_fraction_static=args.mem_fraction_static,
         max_total_tokens=args.max_total_tokens,
     )
-    return Sizes(context_length, num_pages, size_of_page, source.num_bytes, dtype, device)
+    return Sizes(context_length, num_pages, size_of_page, source.num_bytes, source.count, dtype, device)
 
 
 def single_thread_tokens(weight_bytes: int, num_weights: int, num_products: int) -> int:
@@ -290,15 +308,26 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
 
 
-def _load(folder: Path, config: ModelConfig, args: WorkerArgs, sizes: Sizes, stage: Stage) -> Decoder:
-    packing = Packing(plain_for_one_row=sizes.weight_bytes <= CACHED_BYTES, compiled_mlps=args.enable_torch_compile)
-    if args.enable_deterministic_inference:
-        packing = Packing(smallest=0)
+def _weights(
+    folder: Path,
+    config: ModelConfig,
+    args: WorkerArgs,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    plain_for_one_row: bool = False,
+) -> WeightSource:
+    """Where the weights come from; nothing is read yet. Raises ModelError."""
+    packing = Packing(
+        smallest=0 if args.enable_deterministic_inference else DEFAULT_PACKING.smallest,
+        plain_for_one_row=plain_for_one_row and not args.enable_deterministic_inference,
+        compiled_mlps=args.enable_torch_compile,
+        keeps_bfloat16=native.usable(dtype, device) and native.Matrix.usable,
+    )
     if args.load_format == "dummy" or args.model_path in model_folder.WITHOUT_WEIGHTS:
-        dummy = DummyWeights(args.random_seed, config.initializer_range, sizes.dtype, sizes.device, packing)
-        return registry.build(config, dummy, sizes.context_length, stage)
-    reader = SafetensorsReader(folder, sizes.dtype, sizes.device, config.weight_block, packing)
-    return registry.build(config, reader, sizes.context_length, stage)
+        checkpoint = DTYPES.get(config.dtype, torch.float32)
+        return DummyWeights(args.random_seed, config.initializer_range, dtype, device, packing, checkpoint)
+    return SafetensorsReader(folder, dtype, device, config.weight_block, packing)
 
 
 def _device(name: str, rank: int) -> torch.device:
@@ -319,7 +348,7 @@ def _dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """`auto`: float32 on CPU, where 16-bit kernels are often slower; on CUDA what the checkpoint has of 16 bits."""
     if name == "auto":
         name = "float32" if device.type == "cpu" else "float16" if config.dtype == "float16" else "bfloat16"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return DTYPES[name]
 
 
 def _context_length(config: ModelConfig, args: WorkerArgs) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 
-import numpy as np
 import torch
+
+LARGE = 64 << 20
+"""Bytes of a pool from which on it is in large pages: attention reads it from one end of memory to the other."""
 
 
 class KvPool:
@@ -43,7 +47,11 @@ def page_bytes(num_layers: int, page_size: int, kv_shape: tuple[int, int, int], 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy gets zero pages from the kernel that cost nothing until they are written; torch.zeros writes them all. They
-    # must be zero and not just empty: padding is masked by a weight of 0, and 0 * NaN is NaN.
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    # Zero pages of the kernel cost nothing until they are written; torch.zeros writes them all. They must be zero and
+    # not just empty: padding is masked by a weight of 0, and 0 * NaN is NaN.
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a wish
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -6,13 +6,14 @@ each slot has.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from warmroute_worker import topology
-from warmroute_worker.layers.linear import product, silu_and_multiply
+from warmroute_worker.layers.linear import matrix, product, silu_and_multiply
 from warmroute_worker.weights.source import Part
 
 if TYPE_CHECKING:
@@ -39,8 +40,11 @@ class Experts:
         self.slots = layout.slots(config.num_experts)
         """Of all slots, which are this rank's."""
 
+        together = layout.grouped or layout.movable
+        read = source.tensor if together else functools.partial(matrix, source)
+
         def of(slot: int, projection: str, shape: tuple[int, int], part: Part) -> torch.Tensor:
-            return source.tensor(f"{name}.{placed.expert_of[slot]}.{projection}.weight", shape, part=part)
+            return read(f"{name}.{placed.expert_of[slot]}.{projection}.weight", shape, part=part)
 
         def gate_up(slot: int) -> torch.Tensor:
             return torch.cat([of(slot, projection, (size, hidden), Part.of_rows(own)) for projection in (gate, up)])
@@ -50,7 +54,7 @@ class Experts:
         self.weights: tuple[torch.Tensor, torch.Tensor] | None = None
         """Of all slots of this rank, if they are kept together."""
         columns = Part(columns=own)
-        if layout.grouped or layout.movable:
+        if together:
             ups = torch.stack([gate_up(slot) for slot in self.slots])
             downs = torch.stack([of(slot, down, (hidden, size), columns) for slot in self.slots])
             self.weights = ups, downs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,8 @@ def product(
     packing: Packing, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> x W^T + b, for [tokens, in_features]. The weight may be kept in another order: nobody should look at it."""
-    if native.Matrix.usable and native.usable(weight.dtype, weight.device):
+    of_bfloat16 = packing.keeps_bfloat16 and weight.dtype == torch.bfloat16
+    if native.Matrix.usable and native.usable(torch.float32 if of_bfloat16 else weight.dtype, weight.device):
         if len(weight) == 1:
             # What comes next would be computed in other vectors for each number of rows, if these stood side by side.
             widened = native.Matrix(*_widened(weight, bias))
@@ -43,6 +45,11 @@ def product(
     if packing.plain_for_one_row:
         return lambda x: functional.linear(x, weight, bias) if len(x) == 1 else apply(x, packed, bias, "none", [], "")
     return lambda x: apply(x, packed, bias, "none", [], "")
+
+
+def matrix(source: WeightSource, name: str, shape: tuple[int, ...], part: Part = WHOLE) -> torch.Tensor:
+    """A tensor for `product` (or `Embedding`), which may be kept in 16 bits. Raises ModelError as `source` does."""
+    return source.tensor(name, shape, source.matrix_dtype(name), part)
 
 
 def _widened(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -72,7 +79,7 @@ class Linear:
 
         `arrange`: may put the rows of weight and bias into another order, in place.
         """
-        weight, biases = weight_and_bias(source, names, in_features, out_features, bias, parts)
+        weight, biases = weight_and_bias(source, names, in_features, out_features, bias, parts, as_kept=True)
         if arrange is not None:
             for tensor in (weight, biases):
                 if tensor is not None:
@@ -91,11 +98,15 @@ def weight_and_bias(
     out_features: Sequence[int],
     bias: bool,
     parts: Sequence[Part] | None = None,
+    *,
+    as_kept: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `Linear` multiplies with, and adds if it is this rank that adds it."""
+    """What `Linear` multiplies with, and adds if it is this rank that adds it. `as_kept`: for `product`, else in the
+    engine's dtype."""
     wanted = parts or [WHOLE] * len(names)
     tensors = list(zip(names, out_features, wanted, strict=True))
-    weight = _stacked([source.tensor(f"{name}.weight", (rows, in_features), part=part) for name, rows, part in tensors])
+    read = functools.partial(matrix, source) if as_kept else source.tensor
+    weight = _stacked([read(f"{name}.weight", (rows, in_features), part=part) for name, rows, part in tensors])
     if not bias or any(part.columns is not None and part.columns.start > 0 for part in wanted):
         return weight, None
     return weight, _stacked(
@@ -110,8 +121,8 @@ class Embedding:
         own = topology.share(rows, group.rank, group.size)
         self._group = group
         self._first, self._count = own.start, len(own)
-        self.weight = source.tensor(f"{name}.weight", (rows, features), part=Part.of_rows(own))
-        self._native = native.usable(self.weight.dtype, self.weight.device)
+        self.weight = matrix(source, f"{name}.weight", (rows, features), Part.of_rows(own))
+        self._native = native.usable(source.dtype, self.weight.device)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[tokens] -> [tokens, features]"""
@@ -135,7 +146,7 @@ class Head:
     def __init__(self, source: WeightSource, name: str, rows: int, features: int, group: TensorGroup) -> None:
         own = topology.share(rows, group.rank, group.size)
         self._rows, self._group = rows, group
-        weight = source.tensor(f"{name}.weight", (rows, features), part=Part.of_rows(own))
+        weight = matrix(source, f"{name}.weight", (rows, features), Part.of_rows(own))
         self._product = product(source.packing, weight)
 
     @classmethod

@@ -70,17 +70,21 @@ class Decoder:
         self._embedding: Embedding | None = None
         self._head: Head | None = None
         self._head_sees_all = False
-        tied = config.tie_word_embeddings
-        if stage.embeds or (stage.ends and tied):
-            self._embedding = Embedding(source, "model.embed_tokens", vocab, hidden, among)
+        embedding, tied = "model.embed_tokens", config.tie_word_embeddings
+        # A head in 16 bits has an order of its own; in the embedding's it would have to be widened for every product.
+        shared = tied and source.matrix_dtype(f"{embedding}.weight") == source.dtype
+        if stage.embeds or (stage.ends and shared):
+            self._embedding = Embedding(source, embedding, vocab, hidden, among)
         self.layers = [DecoderLayer(config, source, number, index, stage) for index, number in enumerate(stage.layers)]
         for whole, behind in pairwise(layer.whole for layer in self.layers):
             if whole is not None and behind is not None:
                 whole.behind = behind.first
         if stage.ends:
             self._norm = RmsNorm(source, "model.norm", hidden, config.rms_norm_eps)
-            if tied and self._embedding is not None:
+            if shared and self._embedding is not None:
                 self._head = Head.tied(self._embedding, vocab, among)
+            elif tied:
+                self._head = Head(source, embedding, vocab, hidden, among)
             else:
                 self._head_sees_all = stage.split_head
                 group = stage.groups.stage if stage.split_head else among

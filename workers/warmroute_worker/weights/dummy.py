@@ -13,9 +13,16 @@ class DummyWeights:
     """A `WeightSource` that draws every tensor from (seed, name) alone: the same ones in whatever order and layout."""
 
     def __init__(
-        self, seed: int, std: float, dtype: torch.dtype, device: torch.device, packing: Packing = DEFAULT_PACKING
+        self,
+        seed: int,
+        std: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        packing: Packing = DEFAULT_PACKING,
+        checkpoint: torch.dtype = torch.float32,
     ) -> None:
-        self.packing = packing
+        """`checkpoint`: the dtype of the checkpoint that these stand for."""
+        self.packing, self._checkpoint = packing, checkpoint
         self._seed, self._std = seed, std
         self.dtype, self.device = dtype, device
 
@@ -27,4 +34,9 @@ class DummyWeights:
             return torch.ones(part.shape(shape), dtype=dtype or self.dtype, device=self.device)
         generator = torch.Generator().manual_seed((self._seed << 32 ^ zlib.crc32(name.encode())) & (1 << 63) - 1)
         drawn = part.take(torch.randn(shape, generator=generator))
-        return drawn.mul_(self._std).to(self.device, dtype or self.dtype)
+        return drawn.mul_(self._std).to(self._checkpoint).to(self.device, dtype or self.dtype)
+
+    def matrix_dtype(self, name: str) -> torch.dtype:
+        """See `WeightSource`."""
+        del name
+        return self.packing.of_matrix(self._checkpoint, self.dtype)

@@ -54,6 +54,11 @@ class SafetensorsReader:
         pieces = [self._piece(name, stored, rows, columns) for rows, columns in part.runs(shape)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.device, dtype or self.dtype)
 
+    def matrix_dtype(self, name: str) -> torch.dtype:
+        """See `WeightSource`. Raises ModelError if the tensor is absent."""
+        stored = torch.bfloat16 if self._file(name).get_slice(name).get_dtype() == "BF16" else self.dtype
+        return self.packing.of_matrix(stored, self.dtype)
+
     def _piece(self, name: str, stored: Any, rows: range, columns: range | None) -> torch.Tensor:
         if columns is None:
             piece: torch.Tensor = stored[rows.start : rows.stop]
