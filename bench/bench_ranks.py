@@ -1,26 +1,31 @@
-"""What several ranks are worth: the same engine steps, without HTTP, by layout. In turn A B C, C B A; medians.
+"""What several ranks are worth: the same engine steps, without HTTP, by layout.
 
-`python -m bench.bench_ranks [--hidden 512 --layers 8 --batch 1 8 --rounds 4]`. One rank is measured with one thread and
-with two and stands for its better one. How fast memory is read by one core and by two is printed before and after: with
-one sequence, no ratio can be above theirs.
+`python -m bench.bench_ranks [--hidden 512 --layers 8 --batch 1 8 --turns 40]`. The engines stand side by side and take
+short turns, A B C, C B A. One rank is measured with one thread and with two and stands for its better one.
+
+With one sequence, no ratio can be above that of the speeds at which two cores and one read memory. Those are measured
+before and after every turn, and the turns in which two cores were worth something are reported by themselves, too
+(`bench.memory_speed` says why that changes).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import statistics
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench import memory_speed
 from bench.bench_engine import decode, write_config
+from bench.memory_speed import Readers
 from warmroute_worker import offline
 from warmroute_worker.args import WorkerArgs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.connection import Connection
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -31,6 +36,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pp 2": {"pp_size": 2, "threads": 1},
 }
 PROMPT_TOKENS = 64
+TWO_CORES = 1.5
+"""Times what one core reads that two must read for a turn to count as one with memory for two."""
+
+
+class Turn(NamedTuple):
+    memory: tuple[float, float]
+    """Times what one core reads that two read, before and after."""
+    seconds: dict[str, float]
+    """Per decode step, by setting."""
 
 
 def main() -> None:
@@ -41,64 +55,87 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--checkpoint", default="float32", choices=["float32", "bfloat16"], help="its dtype")
-    parser.add_argument("--new", type=int, default=96, help="tokens")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a turn")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     options = parser.parse_args()
-    found: dict[tuple[str, int], list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    found: dict[int, list[Turn]] = {batch: [] for batch in options.batch}
+    with tempfile.TemporaryDirectory() as folder, Readers() as readers, contextlib.ExitStack() as stack:
         write_config(Path(folder), options)
-        print_memory_speed()
-        for round_ in range(options.rounds):
-            order = options.settings if round_ % 2 == 0 else options.settings[::-1]
-            for name in order:
-                for batch, seconds in in_a_process(folder, SETTINGS[name], options.batch, options.new).items():
-                    found.setdefault((name, batch), []).append(seconds)
-    print_memory_speed()
-    print(
-        f"hidden {options.hidden}, {options.layers} layers, float32; medians of {options.rounds} rounds, best of 3 each"
-    )
-    for batch in options.batch:
-        one_rank = [
-            statistics.median(times) for (name, size), times in found.items() if name[0] == "1" and size == batch
-        ]
-        for name in options.settings:
-            times = found[name, batch]
-            median = statistics.median(times)
-            ratio = f"{min(one_rank) / median:5.2f}x one rank" if one_rank else ""
-            spread = f"{min(times) * 1e3:.2f} to {max(times) * 1e3:.2f}"
-            speed = f"{median * 1e3:7.2f} ms/step ({spread}) {batch / median:6.0f} tok/s"
-            print(f"batch {batch:<3d} {name:18s} {speed} {ratio}")
+        engines = {name: stack.enter_context(_engine(folder, SETTINGS[name])) for name in options.settings}
+        for number in range(-1, options.turns):  # the first one is for warming up
+            for batch, turns in found.items():
+                before = _worth(readers)
+                order = options.settings if number % 2 else options.settings[::-1]
+                seconds = {name: engines[name](batch, options.new) for name in order}
+                if number >= 0:
+                    turns.append(Turn((before, _worth(readers)), seconds))
+    print(f"hidden {options.hidden}, {options.layers} layers, {options.checkpoint} checkpoint; {options.turns} turns")
+    for batch, turns in found.items():
+        memory = [speed for turn in turns for speed in turn.memory]
+        print(f"batch {batch}: two cores read {statistics.median(memory):.2f}x what one reads")
+        _report(options.settings, turns)
+        able = [turn for turn in turns if min(turn.memory) >= TWO_CORES]
+        print(f"batch {batch}, the {len(able)} turns in which that was {TWO_CORES}x at least, before and after")
+        _report(options.settings, able)
 
 
-def print_memory_speed() -> None:
-    one, two = memory_speed.measure()
-    print(f"memory: one core {one:.0f} GB/s, two at a time {two:.0f} GB/s, {two / one:.2f}x", flush=True)
+def _report(settings: Sequence[str], turns: Sequence[Turn]) -> None:
+    if not turns:
+        return
+    medians = {name: statistics.median(turn.seconds[name] for turn in turns) for name in settings}
+    alone = [name for name in settings if name.startswith("1 rank")]
+    better = min(alone, key=lambda name: medians[name], default=None)
+    for name in settings:
+        times = sorted(turn.seconds[name] * 1e3 for turn in turns)
+        tenth = len(times) // 10
+        line = f"  {name:18s} {medians[name] * 1e3:7.2f} ms/step ({times[tenth]:.2f} to {times[-tenth - 1]:.2f})"
+        if better is not None:
+            ratio = statistics.median(turn.seconds[better] / turn.seconds[name] for turn in turns)
+            line += f"  {medians[better] / medians[name]:.2f}x one rank; within turns {ratio:.2f}x"
+        print(line)
 
 
-def in_a_process(folder: str, settings: dict[str, Any], batches: list[int], new: int) -> dict[int, float]:
-    """Seconds per decode step, by batch: torch's threads are set once per process, so each measurement has its own."""
+def _worth(readers: Readers) -> float:
+    one, two = readers.measure()
+    return two / one
+
+
+@contextlib.contextmanager
+def _engine(folder: str, settings: dict[str, Any]) -> Iterator[Callable[[int, int], float]]:
+    """Batch and tokens to seconds per decode step. In a process of its own, as torch's threads are set once in each."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     # As the worker's supervisor sets it: threads that wait do so asleep.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    process = context.Process(target=_measure, args=(folder, settings, batches, new, theirs))
+    process = context.Process(target=_be_engine, args=(folder, settings, theirs))
     process.start()
     theirs.close()
-    result: dict[int, float] = ours.recv()
-    process.join()
-    return result
+    ours.recv()
+
+    def take_turn(batch: int, new: int) -> float:
+        ours.send((batch, new))
+        seconds: float = ours.recv()
+        return seconds
+
+    try:
+        yield take_turn
+    finally:
+        ours.send(None)
+        process.join()
 
 
-def _measure(folder: str, settings: dict[str, Any], batches: list[int], new: int, pipe: Connection) -> None:
+def _be_engine(folder: str, settings: dict[str, Any], pipe: Connection) -> None:
     args = WorkerArgs(folder, "bench", load_format="dummy", device="cpu", max_total_tokens=1 << 15, **settings)
     with offline.ranks(args) as (engine, _):
-        best = {}
-        for batch in batches:
-            runs = [decode(engine, batch, PROMPT_TOKENS, new, run) for run in range(3)]
-            best[batch] = min(seconds / tokens * batch for tokens, seconds, _ in runs)
-        pipe.send(best)
+        pipe.send(None)
+        run = 0
+        while order := pipe.recv():
+            batch, new = order
+            tokens, seconds, _ = decode(engine, batch, PROMPT_TOKENS, new, run)
+            pipe.send(seconds / tokens * batch)
+            run += 1
 
 
 if __name__ == "__main__":
