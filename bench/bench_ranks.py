@@ -3,9 +3,8 @@
 `python -m bench.bench_ranks [--hidden 512 --layers 8 --batch 1 8 --turns 40]`. The engines stand side by side and take
 short turns, A B C, C B A. One rank is measured with one thread and with two and stands for its better one.
 
-With one sequence, no ratio can be above that of the speeds at which two cores and one read memory. Those are measured
-before and after every turn, and the turns in which two cores were worth something are reported by themselves, too
-(`bench.memory_speed` says why that changes).
+With one sequence, no ratio can be far above that of the speeds at which two cores and one read memory, which is
+measured before every turn (`bench.memory_speed` says why it changes).
 """
 
 from __future__ import annotations
@@ -36,13 +35,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pp 2": {"pp_size": 2, "threads": 1},
 }
 PROMPT_TOKENS = 64
-TWO_CORES = 1.5
-"""Times what one core reads that two must read for a turn to count as one with memory for two."""
 
 
 class Turn(NamedTuple):
-    memory: tuple[float, float]
-    """Times what one core reads that two read, before and after."""
+    memory: float
+    """Times what one core reads that two read."""
     seconds: dict[str, float]
     """Per decode step, by setting."""
 
@@ -66,24 +63,19 @@ def main() -> None:
         engines = {name: stack.enter_context(_engine(folder, SETTINGS[name])) for name in options.settings}
         for number in range(-1, options.turns):  # the first one is for warming up
             for batch, turns in found.items():
-                before = _worth(readers)
+                one_core, two_cores = readers.measure()
                 order = options.settings if number % 2 else options.settings[::-1]
                 seconds = {name: engines[name](batch, options.new) for name in order}
                 if number >= 0:
-                    turns.append(Turn((before, _worth(readers)), seconds))
+                    turns.append(Turn(two_cores / one_core, seconds))
     print(f"hidden {options.hidden}, {options.layers} layers, {options.checkpoint} checkpoint; {options.turns} turns")
     for batch, turns in found.items():
-        memory = [speed for turn in turns for speed in turn.memory]
-        print(f"batch {batch}: two cores read {statistics.median(memory):.2f}x what one reads")
+        memory = statistics.median(turn.memory for turn in turns)
+        print(f"batch {batch}: two cores read {memory:.2f}x what one reads")
         _report(options.settings, turns)
-        able = [turn for turn in turns if min(turn.memory) >= TWO_CORES]
-        print(f"batch {batch}, the {len(able)} turns in which that was {TWO_CORES}x at least, before and after")
-        _report(options.settings, able)
 
 
 def _report(settings: Sequence[str], turns: Sequence[Turn]) -> None:
-    if not turns:
-        return
     medians = {name: statistics.median(turn.seconds[name] for turn in turns) for name in settings}
     alone = [name for name in settings if name.startswith("1 rank")]
     better = min(alone, key=lambda name: medians[name], default=None)
@@ -95,11 +87,6 @@ def _report(settings: Sequence[str], turns: Sequence[Turn]) -> None:
             ratio = statistics.median(turn.seconds[better] / turn.seconds[name] for turn in turns)
             line += f"  {medians[better] / medians[name]:.2f}x one rank; within turns {ratio:.2f}x"
         print(line)
-
-
-def _worth(readers: Readers) -> float:
-    one, two = readers.measure()
-    return two / one
 
 
 @contextlib.contextmanager

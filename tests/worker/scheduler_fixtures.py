@@ -134,10 +134,12 @@ def generate(rid: str, length: int, new: int = 8, start: int = 0, **more: Any) -
 
 
 def check_told(run: Run, message: Generate) -> None:
-    """The prompt's logprobs are complete, right, and in the row of the first token only."""
+    """The prompt's logprobs are complete, right, and in the first row of an answer only."""
     first, prompt = message.sampling.prompt_logprobs_from, message.token_ids
     expected = None if first is None else [toy_logprobs(prompt[:n], prompt[n]) for n in range(first, len(prompt))]
-    with_tokens = [row for row in run.rows[message.rid] if row.token_ids]
-    told = [row.prompt_logprobs for row in with_tokens]
+    ends = message.max_new_tokens == 0  # then the only row comes without a token
+    bearing = [bool(row.token_ids) or (ends and row.finish_reason == "length") for row in run.rows[message.rid]]
+    told = [row.prompt_logprobs for row, bears in zip(run.rows[message.rid], bearing, strict=True) if bears]
     assert told == [expected, *[None] * (len(told) - 1)][: len(told)]
-    assert all(row.prompt_logprobs is None for row in run.rows[message.rid] if not row.token_ids)
+    others = [row for row, bears in zip(run.rows[message.rid], bearing, strict=True) if not bears]
+    assert all(row.prompt_logprobs is None for row in others)

@@ -98,6 +98,18 @@ def test_cold_and_cached(llama: Model, changes: dict[str, Any], first: int) -> N
     assert cached == whole_pages, "all but what must be computed to be told"
 
 
+def test_of_prompts_that_want_no_answer(llama: Model) -> None:
+    """The scorer's request, and the one that only warms the cache."""
+    engine = load_engine(llama.folder)
+    rows = run(engine, asking(llama.prompts, new=0))
+    check(llama, rows)
+    for [row] in rows.values():
+        assert (row.token_ids, row.finish_reason, row.logprobs) == ([], "length", None)
+    assert engine.scheduler.load().generation_tokens_total == 0
+    warm = run(engine, [Generate("warm", llama.prompts[-1], 3, sampling=GREEDY)])["warm"]
+    assert warm[0].cached_tokens == (LENGTHS[-1] - 1) // 16 * 16
+
+
 def test_more_than_a_step_tells(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("warmroute_worker.scheduler.scheduler.MOST_TOLD", 50)
     check(llama, run(load_engine(llama.folder), asking(llama.prompts)))

@@ -133,10 +133,24 @@ def test_prompts_are_scored_as_evaluation_harnesses_do(model: Model, client: htt
             likeliest = [max(top.values()) for top in told["top_logprobs"][context:-1]]
             assert all(score <= best for score, best in zip(scores, likeliest, strict=True))
             assert len(told["tokens"]) == len(prompt) + 1
+    answer = client.post("/v1/completions", json=body | {"max_tokens": 0}).json()
+    assert answer["usage"]["completion_tokens"] == 0
+    for one, none in zip(choices, answer["choices"], strict=True):
+        assert none["finish_reason"] == "length"
+        assert len(none["logprobs"]["tokens"]) == len(one["logprobs"]["tokens"]) - 1
+        assert none["logprobs"]["token_logprobs"][1:] == pytest.approx(
+            one["logprobs"]["token_logprobs"][1:-1], abs=1e-3
+        )
     asking = {"return_logprob": True, "logprob_start_len": 0}
     for prompt, expected in zip(model.prompts, model.logprobs, strict=True):
         first, *others = greedy(client, prompt, 1, **asking)["meta_info"]["input_token_logprobs"]
         assert first == [None, prompt[0], None]
+        none = greedy(client, prompt, 0, **asking)
+        assert (none["output_ids"], none["text"]) == ([], "")
+        assert none["meta_info"]["output_token_logprobs"] == []
+        assert [logprob for logprob, _, _ in none["meta_info"]["input_token_logprobs"][1:]] == pytest.approx(
+            expected, abs=1e-3
+        )
         assert [token for _, token, _ in others] == prompt[1:]
         assert [logprob for logprob, _, _ in others] == pytest.approx(expected, abs=1e-3)
 

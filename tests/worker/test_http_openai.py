@@ -238,7 +238,7 @@ async def test_cached_tokens_of_the_second_turn(app: RunningApp) -> None:
         ("chat/completions", {"messages": user("a"), "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("completions", {"prompt": "a", "logprobs": -1}, "logprobs"),
         ("chat/completions", {"messages": user("a"), "model": 3}, "model"),
-        ("chat/completions", {"messages": user("a"), "max_tokens": 0}, "max_tokens"),
+        ("chat/completions", {"messages": user("a"), "max_tokens": -1}, "max_tokens"),
         ("chat/completions", {"messages": user("a"), "max_completion_tokens": "9"}, "max_completion_tokens"),
         ("chat/completions", {"messages": user("a"), "temperature": -1}, "temperature"),
         ("chat/completions", {"messages": user("a"), "temperature": True}, "temperature"),

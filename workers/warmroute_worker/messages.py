@@ -53,7 +53,8 @@ class Generate:
     rid: str
     token_ids: list[int]
     max_new_tokens: int
-    """Cut down by the scheduler to what context and pool hold; then the request ends with `length`."""
+    """Cut down by the scheduler to what context and pool hold; then the request ends with `length`. 0: the prompt is
+    computed and stays in the cache, and its logprobs are told if they are asked for."""
     ignore_eos: bool = False
     stop_token_ids: list[int] = dataclasses.field(default_factory=list)
     """End the request besides the model's own eos ids; heeded even with `ignore_eos`."""

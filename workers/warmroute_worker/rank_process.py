@@ -68,7 +68,9 @@ def torch_backend(args: WorkerArgs) -> str | None:
 def _follow(args: WorkerArgs, links: RankLinks) -> int:
     try:
         folder, config = engine.read_model(args)
-        ranks.follow(ranks.start(folder, config, args, links), links)
+        rank = ranks.start(folder, config, args, links)
+        ranks.settle()
+        ranks.follow(rank, links)
     except (CollectiveError, StartupError, LookupError):
         return 1  # everybody has been told, by this rank or by another
     except Exception as error:

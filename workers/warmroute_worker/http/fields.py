@@ -77,7 +77,7 @@ def sampling(
     """`limit`, `least` and `seed` name the fields for the most and fewest new tokens and the seed; `prefix` goes before
     names in errors."""
     reader = _Reader(fields, prefix)
-    max_new_tokens = reader.integer(limit, default_limit, 1, None)
+    max_new_tokens = reader.integer(limit, default_limit, 0, None)
     temperature = reader.number("temperature", 1.0, 0.0, None)
     top_p = reader.number("top_p", 1.0, 0.0, 1.0)
     top_k = reader.integer("top_k", -1, -1, None)

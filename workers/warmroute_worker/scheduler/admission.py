@@ -23,8 +23,8 @@ def refusal(message: Generate, context_length: int, pool_tokens: int, vocab_size
         return f"the prompt has {length} tokens, but the context length is {context_length} with the answer"
     if length >= pool_tokens:
         return f"the prompt has {length} tokens, but the KV pool holds {pool_tokens} with the answer"
-    if message.max_new_tokens < 1:
-        return f"max_new_tokens must be at least 1, got {message.max_new_tokens}"
+    if message.max_new_tokens < 0:
+        return f"max_new_tokens must be at least 0, got {message.max_new_tokens}"
     if not 0 <= min(message.token_ids) <= max(message.token_ids) < vocab_size:
         return f"the prompt has token ids outside 0 ... {vocab_size - 1}"
     return None

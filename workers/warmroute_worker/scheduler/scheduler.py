@@ -247,11 +247,13 @@ class Scheduler:
                 self._publish(request)
             if not samples:
                 continue
-            request.tokens.append(token)
-            self._generation_tokens_total += 1
-            reason = request.finish_reason()
-            row = Row(request.rid, [token], reason, request.cached_tokens or 0, None, logprobs.get(place))
-            if request.num_new == 1:
+            # Who wants none came for its prompt's logprobs, or to warm the cache.
+            new = [token] if request.max_new_tokens else []
+            request.tokens += new
+            self._generation_tokens_total += len(new)
+            reason = request.finish_reason() if new else "length"
+            row = Row(request.rid, new, reason, request.cached_tokens or 0, None, logprobs.get(place) if new else None)
+            if request.num_new <= 1:
                 times = Times(request.admitted_at - request.arrived_at, now - request.admitted_at)
                 row = row._replace(prompt_logprobs=request.told, times=times)
                 request.told = None
