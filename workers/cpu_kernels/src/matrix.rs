@@ -6,7 +6,7 @@
 
 use crate::block::Block;
 use crate::memory::Numbers;
-use crate::simd::{Fuse, LANES, has_wide, kernel, prefetch, prefetch_past_caches};
+use crate::simd::{Fuse, LANES, has_wide, kernel, prefetch, prefetch_later};
 use crate::weight::{Bfloat16, Panels, Weight};
 
 /// Outputs of a panel: four blocks, so that six rows of sums are the 24 blocks that stay in registers with AVX-512. The last panel may
@@ -17,10 +17,12 @@ const PANEL: usize = 4 * LANES;
 /// added up, which is more exact than one long chain of additions.
 const PIECE: usize = 512;
 
-/// How far before they are used weights are asked for that are used once in a step, in bytes. So they go past the larger caches, where
-/// otherwise every step would drive out all that the engine's own code and data have there: with 95 MB of weights scheduling, drawing and
-/// what else lies between two steps of layers took three to five times as long as with hardly any (62 us instead of 20, 80 instead
-/// of 16). One rank's step of hidden 512 x 8 layers 3.52 ms without and 3.19 ms with it, on a busy machine (medians of `p5`s).
+/// How far before they are used weights are asked for, in bytes. Products of 8 rows with 95 MB of weights take up to a tenth less time so.
+///
+/// What is used once in a step goes past the larger caches, where otherwise every step would drive out all that the engine's own code
+/// and data have there: with 95 MB of weights scheduling, drawing and what else lies between two steps of layers took three to five
+/// times as long as with hardly any (62 us instead of 20, 80 instead of 16). One rank's step of hidden 512 x 8 layers 3.52 ms without
+/// and 3.19 ms with it, on a busy machine (medians of `p5`s).
 const BEFORE: usize = 6 << 10;
 
 /// A matrix in the order that [`Matrix::multiply`] reads it in, and what its sums begin with.
@@ -187,24 +189,39 @@ fn multiply_panels<F: Fuse, W: Weight>(x: &[f32], inputs: usize, panels: &[W], b
             let (mut row, from) = (0, place * PIECE);
             while row < out.len() {
                 let (x, out) = (&x[row * inputs + from..], &mut out[row..]);
-                row += match out.len() {
-                    1 if row == 0 => add_rows::<F, W, 1, true>(x, inputs, piece, width, first, out),
-                    1 => add_rows::<F, W, 1, false>(x, inputs, piece, width, first, out),
-                    2 => add_rows::<F, W, 2, false>(x, inputs, piece, width, first, out),
-                    3 => add_rows::<F, W, 3, false>(x, inputs, piece, width, first, out),
-                    4 => add_rows::<F, W, 4, false>(x, inputs, piece, width, first, out),
-                    5 => add_rows::<F, W, 5, false>(x, inputs, piece, width, first, out),
-                    _ => add_rows::<F, W, 6, false>(x, inputs, piece, width, first, out),
+                row += if row == 0 {
+                    add_some::<F, W, true>(x, inputs, piece, width, first, out)
+                } else {
+                    add_some::<F, W, false>(x, inputs, piece, width, first, out)
                 };
             }
         }
     }
 }
 
-/// As many blocks at a time as there are registers for. `ONCE`: nobody reads `piece` again in this step. Returns how many rows have
-/// been done.
+/// As many rows as sums of them stay in registers. `FIRST`: nobody has read `piece` before in this step. Returns how many.
 #[inline(always)]
-fn add_rows<F: Fuse, W: Weight, const ROWS: usize, const ONCE: bool>(
+fn add_some<F: Fuse, W: Weight, const FIRST: bool>(
+    x: &[f32],
+    stride: usize,
+    piece: &[W],
+    width: usize,
+    first: usize,
+    out: &mut [&mut [f32]],
+) -> usize {
+    match out.len() {
+        1 => add_rows::<F, W, 1, FIRST>(x, stride, piece, width, first, out),
+        2 => add_rows::<F, W, 2, FIRST>(x, stride, piece, width, first, out),
+        3 => add_rows::<F, W, 3, FIRST>(x, stride, piece, width, first, out),
+        4 => add_rows::<F, W, 4, FIRST>(x, stride, piece, width, first, out),
+        5 => add_rows::<F, W, 5, FIRST>(x, stride, piece, width, first, out),
+        _ => add_rows::<F, W, 6, FIRST>(x, stride, piece, width, first, out),
+    }
+}
+
+/// As many blocks at a time as there are registers for. Returns how many rows have been done.
+#[inline(always)]
+fn add_rows<F: Fuse, W: Weight, const ROWS: usize, const FIRST: bool>(
     x: &[f32],
     stride: usize,
     piece: &[W],
@@ -213,13 +230,13 @@ fn add_rows<F: Fuse, W: Weight, const ROWS: usize, const ONCE: bool>(
     out: &mut [&mut [f32]],
 ) -> usize {
     if width == PANEL && ROWS * 4 <= F::BLOCKS.max(4) {
-        add::<F, W, ROWS, 4, ONCE>(x, stride, piece, width, 0, first, out);
+        add::<F, W, ROWS, 4, FIRST>(x, stride, piece, width, 0, first, out);
     } else if width == PANEL && ROWS * 2 <= F::BLOCKS {
-        add::<F, W, ROWS, 2, ONCE>(x, stride, piece, width, 0, first, out);
-        add::<F, W, ROWS, 2, ONCE>(x, stride, piece, width, 2 * LANES, first, out);
+        add::<F, W, ROWS, 2, FIRST>(x, stride, piece, width, 0, first, out);
+        add::<F, W, ROWS, 2, FIRST>(x, stride, piece, width, 2 * LANES, first, out);
     } else {
         for column in (0..width).step_by(LANES) {
-            add::<F, W, ROWS, 1, ONCE>(x, stride, piece, width, column, first, out);
+            add::<F, W, ROWS, 1, FIRST>(x, stride, piece, width, column, first, out);
         }
     }
     ROWS
@@ -227,7 +244,7 @@ fn add_rows<F: Fuse, W: Weight, const ROWS: usize, const ONCE: bool>(
 
 /// To the outputs from `first` + `column` on, of the first `ROWS` rows, what `piece` makes of the inputs that `x` begins with.
 #[inline(always)]
-fn add<F: Fuse, W: Weight, const ROWS: usize, const BLOCKS: usize, const ONCE: bool>(
+fn add<F: Fuse, W: Weight, const ROWS: usize, const BLOCKS: usize, const FIRST: bool>(
     x: &[f32],
     stride: usize,
     piece: &[W],
@@ -242,8 +259,11 @@ fn add<F: Fuse, W: Weight, const ROWS: usize, const BLOCKS: usize, const ONCE: b
     let blocks = piece.as_chunks::<LANES>().0;
     for (input, weights) in (0..inputs).zip(blocks.chunks_exact(width / LANES)) {
         let weights = weights[column / LANES..].first_chunk::<BLOCKS>().expect("a panel is wide enough");
-        if ONCE {
-            prefetch_past_caches(weights, BEFORE);
+        if FIRST && ROWS == 1 {
+            // It is the only row.
+            prefetch_later::<_, true>(weights, BEFORE);
+        } else if FIRST {
+            prefetch_later::<_, false>(weights, BEFORE);
         }
         // Not by `map`: a function that is handed over does not become part of this edition, and is not inlined then.
         let mut blocks = [F::Block::zero(); BLOCKS];
