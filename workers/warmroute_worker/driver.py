@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from warmroute_worker import engine
 from warmroute_worker.comm.rank_links import CollectiveError
-from warmroute_worker.executor.ranks import failure, settle
+from warmroute_worker.executor.ranks import failure, settled
 from warmroute_worker.messages import (
     Abort,
     Continue,
@@ -84,9 +84,9 @@ def main(sock: socket.socket, args: WorkerArgs, links: RankLinks) -> int:
     link = Link(sock)
     try:
         loaded = engine.load(args, links)
-        settle()
         link.send(loaded.ready)
-        return serve(link, loaded, links)
+        with settled():
+            return serve(link, loaded, links)
     except (StartupError, LookupError, CollectiveError) as error:
         # Of a collective: what stopped the ranks, in the words of whoever did.
         link.send(Failed(str(error)))

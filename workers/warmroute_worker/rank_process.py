@@ -69,8 +69,8 @@ def _follow(args: WorkerArgs, links: RankLinks) -> int:
     try:
         folder, config = engine.read_model(args)
         rank = ranks.start(folder, config, args, links)
-        ranks.settle()
-        ranks.follow(rank, links)
+        with ranks.settled():
+            ranks.follow(rank, links)
     except (CollectiveError, StartupError, LookupError):
         return 1  # everybody has been told, by this rank or by another
     except Exception as error:

@@ -27,6 +27,8 @@ from warmroute_worker.startup_error import StartupError
 from warmroute_worker.step_plan import StepPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from warmroute_worker.args import WorkerArgs
     from warmroute_worker.comm.rank_links import RankLinks
     from warmroute_worker.executor.executor import Drawn
@@ -232,10 +234,16 @@ def start(folder: Path, config: ModelConfig, args: WorkerArgs, links: RankLinks)
         raise
 
 
-def settle() -> None:
-    """Once a process has loaded all it will: what is there stays. With torch it is 330,000 objects, which Python's
-    collector would walk through now and then, and every request would wait for 150 ms."""
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """While a process serves: what it has loaded stays. With torch that is 330,000 objects; Python's collector would
+    walk through now and then, and every request would wait for 150 ms."""
     gc.freeze()
+    try:
+        yield
+    finally:
+        # Some libraries complain at the end about what nobody has collected.
+        gc.unfreeze()
 
 
 def _encoded(drawn: Drawn) -> bytes:
