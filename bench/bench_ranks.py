@@ -109,7 +109,8 @@ def _engine(folder: str, settings: dict[str, Any]) -> Iterator[Callable[[int, in
     try:
         yield take_turn
     finally:
-        ours.send(None)
+        with contextlib.suppress(BrokenPipeError):  # it has failed
+            ours.send(None)
         process.join()
 
 

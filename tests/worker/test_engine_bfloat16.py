@@ -85,6 +85,16 @@ def test_a_matrix_weighs_two_bytes_a_number(tmp_path: Path) -> None:
                 assert engine.ready.weight_bytes == (2 * matrices + 4 * norms) * tp
 
 
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+def test_who_writes_to_the_files_does_not_change_what_is_loaded(tmp_path: Path, kept: torch.dtype) -> None:
+    reference = make_reference(tmp_path, 2, (3, 40), kept=kept)
+    engine = load_engine(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert [row.token_ids for row in greedy(engine, reference.prompts)] == reference.answers
+
+
 def test_dummy_weights_stand_for_a_checkpoint_of_the_dtype_of_the_configuration(tmp_path: Path) -> None:
     make_model(tmp_path, "Llama")
     config = tmp_path / "config.json"

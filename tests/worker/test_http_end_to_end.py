@@ -155,6 +155,16 @@ def test_prompts_are_scored_as_evaluation_harnesses_do(model: Model, client: htt
         assert [logprob for logprob, _, _ in others] == pytest.approx(expected, abs=1e-3)
 
 
+def test_logprobs_of_answers_without_tokens_are_empty_lists(client: httpx.Client) -> None:
+    told = greedy(client, [1, 2, 3], 0, return_logprob=True)["meta_info"]
+    names = ("input_token_logprobs", "input_top_logprobs", "output_token_logprobs", "output_top_logprobs")
+    assert [told[name] for name in names] == [[]] * 4
+    body = {"prompt": [1, 2, 3], "max_tokens": 0, "logprobs": 1}
+    [choice] = client.post("/v1/completions", json=body).json()["choices"]
+    assert choice["logprobs"] == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    assert "output_token_logprobs" not in greedy(client, [1, 2, 3], 0)["meta_info"]
+
+
 def test_queue_times_are_what_clients_see(client: httpx.Client) -> None:
     """Requests that come while the worker is paused wait until it goes on."""
     queue, stage = "sglang:queue_time_seconds", "sglang:per_stage_req_latency_seconds"

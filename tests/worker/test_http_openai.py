@@ -464,6 +464,7 @@ async def test_logprobs_of_an_echoed_prompt(app: RunningApp) -> None:
 
 async def test_of_tokens_with_the_same_text_the_likeliest_is_told(app: RunningApp) -> None:
     state = RequestState("r", "r", 1, app.service.tokenizer.detokenizer([]), (), frozenset(), asyncio.Event(), True, 0)
+    state.tells_logprobs = True
     state.advance([97], "length", 0, None, TokenLogprobs(-0.5, [(0xC3, -0.5), (0xA9, -1.0), (97, -2.0)]))
     told = logprobs.of_completion(app.service.tokenizer, state, 0, 0)
     assert told is not None

@@ -57,6 +57,7 @@ class RequestState:
         "prompt_logprobs",
         "prompt_tokens",
         "rid",
+        "tells_logprobs",
         "wants_steps",
     )
 
@@ -83,6 +84,8 @@ class RequestState:
         self.cached_tokens: int | None = None
         """None until the first token; then what the engine found in its prefix cache."""
         self.output_ids: list[int] = []
+        self.tells_logprobs = False
+        """They were asked for."""
         self.logprobs: list[TokenLogprobs] = []
         """Of each of `output_ids`, when they were asked for."""
         self.prompt_ids: list[int] = []

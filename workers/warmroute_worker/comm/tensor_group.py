@@ -74,6 +74,7 @@ class Alone:
         del total
         if wanted is None:
             return None
+        # All rows, in most steps, as they are.
         return x if len(wanted) == len(x) else x[wanted.start : wanted.stop]
 
 

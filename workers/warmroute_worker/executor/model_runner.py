@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmroute_worker.model_runner")
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 PRODUCTS_PER_LAYER = 4
 """Queries, keys and values; output; gate and up; down."""
 
 CACHED_BYTES = 16 << 20
 """Weights of so many bytes stay in the cache from step to step, so that a product takes as long as its call."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SINGLE_THREAD_BYTES, SINGLE_THREAD_MULTIPLICATIONS = 16 << 20, 1 << 24
 """Of one matrix product, on average: below both, waking a thread that sleeps costs more than it saves. Two cores, time
@@ -71,8 +71,7 @@ class Sizes:
     num_pages: int
     page_bytes: int
     weight_bytes: int
-    weights: int
-    """How many numbers those are."""
+    num_weights: int
     dtype: torch.dtype
     device: torch.device
 
@@ -132,7 +131,7 @@ class ModelRunner:
         self._hidden = config.hidden_size
         self._threads = args.threads or max(1, usable_cores() // links.ranks_on_host)
         self._single_thread_tokens = single_thread_tokens(
-            sizes.weight_bytes, sizes.weights, PRODUCTS_PER_LAYER * layers
+            sizes.weight_bytes, sizes.num_weights, PRODUCTS_PER_LAYER * layers
         )
 
         if args.enable_torch_compile:
@@ -288,7 +287,7 @@ def measure(folder: Path, config: ModelConfig, args: WorkerArgs, links: RankLink
         mem_fraction_static=args.mem_fraction_static,
         max_total_tokens=args.max_total_tokens,
     )
-    return Sizes(context_length, num_pages, size_of_page, source.num_bytes, source.count, dtype, device)
+    return Sizes(context_length, num_pages, size_of_page, source.num_bytes, source.num_weights, dtype, device)
 
 
 def single_thread_tokens(weight_bytes: int, num_weights: int, num_products: int) -> int:

@@ -236,8 +236,8 @@ def start(folder: Path, config: ModelConfig, args: WorkerArgs, links: RankLinks)
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """While a process serves: what it has loaded stays. With torch that is 330,000 objects; Python's collector would
-    walk through now and then, and every request would wait for 150 ms."""
+    """While a process serves: what it has loaded stays. With torch that is 330,000 objects, through which Python's
+    collector walks now and then, while every request waits for 150 ms."""
     gc.freeze()
     try:
         yield

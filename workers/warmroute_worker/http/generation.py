@@ -91,6 +91,7 @@ class Generation:
                     now=now,
                 )
             )
+            self.states[-1].tells_logprobs = sampling.logprobs is not None
             first = sampling.prompt_logprobs_from
             if first is not None:
                 self.states[-1].prompt_ids = prompt[first:]

@@ -17,7 +17,7 @@ MOST = 20
 
 def of_chat(tokenizer: Tokenizer, state: RequestState, first: int) -> dict[str, Any] | None:
     """Of the tokens from number `first` on; None: they were not asked for."""
-    if not state.logprobs:
+    if not state.tells_logprobs:
         return None
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def of_chat(tokenizer: Tokenizer, state: RequestState, first: int) -> dict[str, 
 
 def of_completion(tokenizer: Tokenizer, state: RequestState, first: int, offset: int) -> dict[str, Any] | None:
     """As `of_chat`; `offset`: characters of the text before the token. An echoed prompt's tokens come first."""
-    if not state.logprobs and not state.prompt_logprobs:
+    if not state.tells_logprobs:
         return None
 
     def text(token: int) -> str:
@@ -64,9 +64,10 @@ def of_native(state: RequestState) -> dict[str, Any]:
 
 def of_native_prompt(state: RequestState) -> dict[str, Any]:
     """The same of the prompt, from `logprob_start_len` on; as in SGLang nothing is said of the first of them."""
-    if not state.logprobs and not state.prompt_logprobs:
+    if not state.tells_logprobs:
         return {}
-    pairs = list(zip(state.prompt_ids, state.prompt_logprobs, strict=True))
+    # An answer may end before its prompt's are known.
+    pairs = list(zip(state.prompt_ids, state.prompt_logprobs, strict=True)) if state.prompt_logprobs else []
     return {
         "input_token_logprobs": [[None if told is None else told.own, token, None] for token, told in pairs],
         "input_top_logprobs": [

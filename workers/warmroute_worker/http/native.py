@@ -216,5 +216,5 @@ def _meta_info(state: RequestState, dp_rank: int) -> dict[str, Any]:
         "dp_rank": dp_rank,
         "e2e_latency": time.monotonic() - state.arrived,
         "weight_version": "default",
-        **(logprobs.of_native(state) if state.logprobs or state.prompt_logprobs else {}),
+        **(logprobs.of_native(state) if state.tells_logprobs else {}),
     }

@@ -50,7 +50,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # Zero pages of the kernel cost nothing until they are written; torch.zeros writes them all. They must be zero and
     # not just empty: padding is masked by a weight of 0, and 0 * NaN is NaN.
     size = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no memory for a KV pool of {size} bytes: {error}") from error
     if size >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a wish
             memory.madvise(mmap.MADV_HUGEPAGE)

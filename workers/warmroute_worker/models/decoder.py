@@ -72,8 +72,8 @@ class Decoder:
         self._head_sees_all = False
         embedding, tied = "model.embed_tokens", config.tie_word_embeddings
         # A head in 16 bits has an order of its own; in the embedding's it would have to be widened for every product.
-        shared = tied and source.matrix_dtype(f"{embedding}.weight") == source.dtype
-        if stage.embeds or (stage.ends and shared):
+        shared = tied and stage.ends and source.matrix_dtype(f"{embedding}.weight") == source.dtype
+        if stage.embeds or shared:
             self._embedding = Embedding(source, embedding, vocab, hidden, among)
         self.layers = [DecoderLayer(config, source, number, index, stage) for index, number in enumerate(stage.layers)]
         for whole, behind in pairwise(layer.whole for layer in self.layers):

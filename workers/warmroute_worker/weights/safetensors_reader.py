@@ -52,7 +52,9 @@ class SafetensorsReader:
                 f"{self._folder}: {name} has shape {stored.get_shape()}, config.json makes it {list(shape)}"
             )
         pieces = [self._piece(name, stored, rows, columns) for rows, columns in part.runs(shape)]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.device, dtype or self.dtype)
+        read = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.device, dtype or self.dtype)
+        # Never a part of the mapped file, all of which would stay in memory, and change when somebody writes to it.
+        return read.clone() if read.data_ptr() == pieces[0].data_ptr() else read
 
     def matrix_dtype(self, name: str) -> torch.dtype:
         """See `WeightSource`. Raises ModelError if the tensor is absent."""

@@ -121,8 +121,7 @@ class MeasuredWeights:
     """A `WeightSource` without numbers: building a model from it tells what its weights will weigh."""
 
     def __init__(self, real: WeightSource) -> None:
-        self.num_bytes = self.count = 0
-        """Of all numbers, and how many they are."""
+        self.num_bytes = self.num_weights = 0
         self.packing = real.packing
         self.dtype, self.device = real.dtype, torch.device("meta")
         self.matrix_dtype = real.matrix_dtype
@@ -133,5 +132,5 @@ class MeasuredWeights:
         del name
         tensor = torch.empty(part.shape(shape), dtype=dtype or self.dtype, device="meta")
         self.num_bytes += tensor.nbytes
-        self.count += tensor.numel()
+        self.num_weights += tensor.numel()
         return tensor
