@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.simulator.__main__ import simulate
@@ -91,7 +91,6 @@ def test_ranks_in_lock_step_wait_for_the_slowest() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12)), max_size=60), st.integers(4, 24), st.booleans())
-@settings(deadline=None)
 def test_the_cache_never_loses_a_page(calls: list[tuple[int, int]], pages: int, fifo: bool) -> None:
     """Requests come and go, sharing prefixes; whatever the order, pages are free, idle or pinned, and add up."""
     cache = PrefixCache(pages, fifo)
