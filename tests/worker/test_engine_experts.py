@@ -193,7 +193,7 @@ def _zipf_and_hashes(folder: str) -> None:
     def moved(self: expert_balancing.ExpertBalancer, layer: Any, placed: list[int]) -> None:
         before = _hashes(layer)
         real(self, layer, placed)
-        line = {"rank": self._stage.rank, "before": before, "after": _hashes(layer), "placed": placed}
+        line = {"layer": layer.number, "before": before, "after": _hashes(layer), "placed": placed}
         with (Path(folder) / f"moves-{self._stage.rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -261,13 +261,13 @@ def _check_moves(folder: Path, worker: Drivers) -> None:
     for share in range(size):
         first = list(range(EXPERTS)) + list(range(worker.args.ep_num_redundant_experts))
         maps: dict[int, list[int]] = {}
-        for number, lines in enumerate(zip(*by_rank[share::size], strict=True)):
-            layer = number % MOE_LAYERS
+        for lines in zip(*by_rank[share::size], strict=True):
+            layer = lines[0]["layer"]  # one that has nothing to gain does not move
             now = maps.get(layer, first)
             weights = {now[int(slot)]: digest for line in lines for slot, digest in line["before"].items()}
             assert len(set(weights.values())) == EXPERTS
             for line in lines:
-                assert line["placed"] == lines[0]["placed"]
+                assert (line["layer"], line["placed"]) == (layer, lines[0]["placed"])
                 for slot, digest in line["after"].items():
                     assert digest == weights[line["placed"][int(slot)]]
                     moved += digest != line["before"][slot]
