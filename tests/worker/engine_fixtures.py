@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from warmroute_worker import engine as engines
+from warmroute_worker import step_plan_wire
 from warmroute_worker.args import WorkerArgs
 from warmroute_worker.messages import Generate, Row, Sampling
 
@@ -153,7 +154,7 @@ def last_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
 
 def logits_of(executor: RankExecutor, plan: StepPlan) -> torch.Tensor:
     """[sampled, vocab]: what the driver would draw from, where it does so itself."""
-    executor.links.send_plan(plan.encode())
+    executor.links.send_plan(step_plan_wire.encode(plan))
     logits = executor.rank.runner.forward(plan)
     return torch.empty(0) if logits is None else logits
 

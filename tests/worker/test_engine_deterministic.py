@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.worker.engine_fixtures import FAMILIES, GREEDY, VOCAB_SIZE, load_engine, make_model
+from warmroute_worker.executor import model_runner
 from warmroute_worker.executor.ranks import RankExecutor
 from warmroute_worker.layers import native
 from warmroute_worker.messages import Generate
 from warmroute_worker.model_config import ModelError
-from warmroute_worker.models.whole_layer import DecodeStep
+from warmroute_worker.models.whole_decoder import WholeDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,25 +90,27 @@ def test_without_the_flag_bits_do_depend_on_company(tmp_path: Path) -> None:
     assert differing(tmp_path) > 20
 
 
-@pytest.mark.skipif(not native.Matrix.usable, reason="layers are computed operation by operation on this CPU")
+@pytest.mark.skipif(not native.Matrix.usable, reason="steps are computed operation by operation on this CPU")
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
-def test_a_layer_in_one_call_has_the_bits_of_its_operations(
+def test_a_step_in_one_call_has_the_bits_of_its_operations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     make_model(tmp_path, family)
     everybody = {str(n): prompt for n, prompt in enumerate(PROMPTS)}
-    steps = []
-    real = DecodeStep.of
+    steps = 0
+    real = WholeDecoder.__call__
 
-    def recorded(*args: Any) -> DecodeStep | None:
-        steps.append(real(*args))
-        return steps[-1]
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        nonlocal steps
+        steps += 1
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(DecodeStep, "of", recorded)
+    monkeypatch.setattr(WholeDecoder, "__call__", counted)
     whole = Recorded(tmp_path).run(everybody)
-    assert sum(step is not None for step in steps) == NEW - 1
-    monkeypatch.setattr(DecodeStep, "of", lambda *_: None)
+    assert steps == NEW - 1
+    monkeypatch.setattr(model_runner, "is_whole", lambda _: False)
     single = Recorded(tmp_path).run(everybody)
+    assert steps == NEW - 1
     assert whole.keys() == single.keys()
     assert all(torch.equal(row, single[key]) for key, row in whole.items())
 

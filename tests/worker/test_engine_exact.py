@@ -30,7 +30,7 @@ from warmroute_worker.scheduler.batch import step_plan
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from warmroute_worker.step_plan import StepPlan
+    from warmroute_worker.step_plan import SamplingColumns, StepPlan
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -181,10 +181,10 @@ def test_logits_are_within_2e_4(tmp_path: Path) -> None:
     def compare(plan: StepPlan) -> list[int]:
         nonlocal worst
         logits = logits_of(executor, plan)
-        for row, place in zip(logits, plan.sampling.positions.tolist(), strict=True):
+        for row, place in zip(logits, plan.positions.tolist(), strict=True):
             worst = max(worst, float((row - last_logits(model, tokens[:place])).abs().max()))
         # Teacher forcing: the next token of the text, whatever the model says.
-        return [tokens[place] for place in plan.sampling.positions.tolist()]
+        return [tokens[place] for place in plan.positions.tolist()]
 
     for _ in range(2):
         engine.scheduler.add(Generate("r", tokens[:60], 39, sampling=GREEDY))
@@ -301,8 +301,8 @@ def _stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
 def _stale_page_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The executor is not told of the pages that decoding sequences get."""
 
-    def forgetful(chunks: Any, updates: Any) -> StepPlan:
-        return step_plan(chunks, [update for update in updates if update[1] < 1])
+    def forgetful(chunks: Any, updates: Any, sampling: SamplingColumns) -> StepPlan:
+        return step_plan(chunks, [update for update in updates if update[1] < 1], sampling)
 
     monkeypatch.setattr("warmroute_worker.scheduler.scheduler.step_plan", forgetful)
 

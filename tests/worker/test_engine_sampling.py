@@ -12,7 +12,7 @@ import torch
 from tests.worker.engine_fixtures import GREEDY, VOCAB_SIZE, last_logits, load_engine, make_llama, run_all
 from warmroute_worker.executor.sampler import sample
 from warmroute_worker.messages import Generate, Sampling
-from warmroute_worker.step_plan import NO_CHANGES, LogitChanges, SamplingColumns
+from warmroute_worker.step_plan import NO_CHANGES, Int64s, LogitChanges, SamplingColumns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,7 +135,6 @@ def columns(rows: int, **changes: Any) -> SamplingColumns:
         "top_ps": np.ones(rows, np.float32),
         "min_ps": np.zeros(rows, np.float32),
         "seeds": np.arange(rows, dtype=np.uint64),
-        "positions": np.zeros(rows, np.int64),
         "logprobs": np.full(rows, -1, np.int32),
     }
     return SamplingColumns(**(settings | changes))
@@ -144,12 +143,20 @@ def columns(rows: int, **changes: Any) -> SamplingColumns:
 def test_min_p_leaves_out_the_unlikely_and_keeps_the_proportions() -> None:
     logits = torch.log(torch.tensor([0.5, 0.26, 0.14, 0.06, 0.04]))
     rows = 20_000
-    drawn = sample(logits.expand(rows, -1).contiguous(), columns(rows, min_ps=np.full(rows, 0.25, np.float32)))
+    drawn = sample(
+        logits.expand(rows, -1).contiguous(),
+        columns(rows, min_ps=np.full(rows, 0.25, np.float32)),
+        lambda: np.zeros(rows, np.int64),
+    )
     counts = np.bincount(drawn, minlength=5)
     assert counts[3:].tolist() == [0, 0]
     shares = np.array([0.5, 0.26, 0.14]) / 0.9
     expected = shares * rows
     assert ((counts[:3] - expected) ** 2 / expected).sum() < 13.8  # chi-square, 2 degrees of freedom, p = 0.001
+
+
+def never() -> Int64s:
+    raise AssertionError("nothing is left to chance")
 
 
 def test_changes_touch_their_own_row_only() -> None:
@@ -158,8 +165,8 @@ def test_changes_touch_their_own_row_only() -> None:
     added = LogitChanges(np.array([1, 1]), np.array([3, 3]), np.array([-0.6, -0.6], np.float32))
     scaled = LogitChanges(np.array([2]), np.array([3]), np.array([2.0], np.float32))
     greedy = {"temperatures": np.zeros(3, np.float32)}
-    assert sample(logits, columns(3, **greedy)).tolist() == [3, 3, 3]
-    tokens = sample(logits, columns(3, **greedy, added=added, scaled=scaled))
+    assert sample(logits, columns(3, **greedy), never).tolist() == [3, 3, 3]
+    tokens = sample(logits, columns(3, **greedy, added=added, scaled=scaled), never)
     assert tokens[0] == 3
     assert tokens[1] != 3, "what is added twice counts twice"
     assert tokens[2] == 3, "halved, and still the largest"

@@ -345,8 +345,8 @@ def test_a_client_seed_is_the_seed_and_others_differ() -> None:
     assert seeds[0] == 5
     assert seeds[3] == 2**64 - 1
     assert len(set(seeds)) == 4
-    assert plan.sampling.positions.tolist() == [3, 3, 3, 3]
-    assert run.step().sampling.positions.tolist() == [4, 4, 4, 4]
+    assert plan.positions.tolist() == [3, 3, 3, 3]
+    assert run.step().positions.tolist() == [4, 4, 4, 4]
 
 
 def test_overhead_per_step_at_64_running() -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmroute_worker.step_plan import NO_SAMPLING, LogitChanges, SamplingColumns, StepPlan, ToldColumns
+from warmroute_worker import step_plan_wire
+from warmroute_worker.step_plan import NO_SAMPLING, NOTHING_TOLD, LogitChanges, SamplingColumns, StepPlan, ToldColumns
 from warmroute_worker.topology import TENSOR_GROUPS, Layout, Nodes, kv_heads, share
 from warmroute_worker.watchdog import Watchdog
 
@@ -122,8 +123,8 @@ def test_kv_heads_are_divided_shared_or_cut(heads: int, kv: int, size: int, expe
     assert [kv_heads(heads, kv, rank, size) for rank in range(size)] == expected
 
 
-@given(st.integers(0, 5), st.integers(0, 3), st.integers(0, 4))
-def test_a_plan_arrives_as_it_was_sent(sequences: int, changes: int, updates: int) -> None:
+@given(st.integers(0, 5), st.integers(0, 3), st.integers(0, 4), st.booleans(), st.integers(0, 3))
+def test_a_plan_arrives_as_it_was_sent(sequences: int, changes: int, updates: int, decodes: bool, others: int) -> None:
     draw = np.random.default_rng(sequences * 100 + changes * 10 + updates)
 
     def numbers(count: int, dtype: type[np.generic]) -> np.ndarray:
@@ -135,30 +136,31 @@ def test_a_plan_arrives_as_it_was_sent(sequences: int, changes: int, updates: in
     plan = StepPlan(
         rows=numbers(sequences, np.int32),
         starts=numbers(sequences, np.int32),
-        lengths=numbers(sequences, np.int32),
-        token_ids=numbers(3 * sequences, np.int64),
-        sampled=numbers(sequences, np.bool_),
+        lengths=np.ones(sequences, np.int32) if decodes else numbers(sequences, np.int32),
+        token_ids=numbers(sequences if decodes else 3 * sequences, np.int64),
+        sampled=np.ones(sequences, np.bool_) if decodes else numbers(sequences, np.bool_),
         sampling=SamplingColumns(
             temperatures=numbers(sequences, np.float32),
             top_ks=numbers(sequences, np.int32),
             top_ps=numbers(sequences, np.float32),
             min_ps=numbers(sequences, np.float32),
             seeds=numbers(sequences, np.uint64) + np.uint64(1 << 63),
-            positions=numbers(sequences, np.int64),
             logprobs=numbers(sequences, np.int32),
             scaled=logit_changes(),
             added=logit_changes(),
         ),
         page_updates=numbers(3 * updates, np.int32).reshape(-1, 3),
-        told=ToldColumns(*(numbers(updates, np.int64) for _ in range(3))),
+        told=NOTHING_TOLD if decodes else ToldColumns(*(numbers(updates, np.int64) for _ in range(3))),
+        everybody=numbers(8 * others, np.int64).reshape(-1, 8),
     )
-    _check_same(StepPlan.decode(plan.encode()), plan)
-    _check_same(StepPlan.decode(plan.encode(), draws=False), replace(plan, sampling=NO_SAMPLING))
+    assert decodes <= (plan.logit_rows is None)
+    _check_same(step_plan_wire.decode(step_plan_wire.encode(plan)), plan)
+    _check_same(step_plan_wire.decode(step_plan_wire.encode(plan), draws=False), replace(plan, sampling=NO_SAMPLING))
 
 
 def _check_same(one: object, other: object) -> None:
     for name, column in vars(other).items():
-        arrived = vars(one)[name]
+        arrived = getattr(one, name)
         if isinstance(column, np.ndarray):
             assert arrived.dtype == column.dtype, name
             assert arrived.shape == column.shape, name

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmroute_worker import two_batches
+from warmroute_worker import step_plan_wire, two_batches
 from warmroute_worker.expert_plan import balancedness, expected, moves, place
 from warmroute_worker.step_plan import DECODE, IDLE, NO_CHANGES, PREFILL, Record, SamplingColumns, StepPlan
 from warmroute_worker.topology import share
@@ -69,9 +69,7 @@ def test_balancedness() -> None:
 def plan_of(lengths: list[int], starts: list[int] | None = None, **changes: int) -> StepPlan:
     count = len(lengths)
     empty, ints = np.empty(0, np.float32), np.empty(0, np.int32)
-    sampling = SamplingColumns(
-        empty, ints, empty, empty, np.empty(0, np.uint64), np.empty(0, np.int64), ints, NO_CHANGES, NO_CHANGES
-    )
+    sampling = SamplingColumns(empty, ints, empty, empty, np.empty(0, np.uint64), ints, NO_CHANGES, NO_CHANGES)
     return StepPlan(
         rows=np.arange(count, dtype=np.int32),
         starts=np.array(starts or [0] * count, np.int32),
@@ -127,10 +125,10 @@ def test_records_say_what_everybody_does() -> None:
     plan = plan_of([4, 4], first_half=4)
     assert plan.records == [Record(8, 2, PREFILL, 4)]
     assert plan.halves == [(4, 4)]
-    assert StepPlan.decode(plan.encode()).first_half == 4
+    assert step_plan_wire.decode(step_plan_wire.encode(plan)).first_half == 4
     for other, halves in ((Record(0, 0, IDLE), [(4, 4), (0, 0)]), (Record(1, 1, DECODE), None)):
         told = np.frombuffer(plan.record.encode() + other.encode(), np.int64).reshape(2, -1)
-        together = dataclasses.replace(StepPlan.decode(plan.encode()), everybody=told)
+        together = dataclasses.replace(step_plan_wire.decode(step_plan_wire.encode(plan)), everybody=told)
         assert together.records == [plan.record, other]
         assert together.halves == halves
         assert not together.is_idle

@@ -9,12 +9,14 @@ from typing import TypeAlias, final
 
 __all__ = [
     "CollectiveError",
+    "Decoder",
     "Group",
     "Layer",
     "Matrix",
     "Region",
     "add_and_norm",
     "attend",
+    "likeliest",
     "norm_heads",
     "products_are_fast",
     "rotate",
@@ -121,6 +123,9 @@ def rows_of(weight: int, rows: int, width: int, first: int, ids: int, count: int
     """out[i] = weight[ids[i] - first], zeros where there is no such row; `ids`: `count` int64; `weight` may be
     bfloat16."""
 
+def likeliest(logits: int, rows: int, width: int, out: object) -> None:
+    """out[i] (an int64 array) = where in row i the largest number stands, the first of equal ones."""
+
 def silu_and_multiply(x: int, out: int, rows: int, width: int) -> None:
     """[rows, 2 * width] -> [rows, width]"""
 
@@ -151,22 +156,40 @@ class Layer:
         `norms`: weights, before the attention and before the MLP. `head_norms`: of queries and of keys. `heads`: of
         queries, of keys, and the numbers of one."""
 
+@final
+class Decoder:
+    """A stage's layers, with what stands before and behind them."""
+
+    def __new__(
+        cls,
+        layers: Sequence[Layer],
+        hidden: int,
+        embedding: tuple[int, int, int, bool] | None,
+        end: tuple[Sequence[float], float, Matrix, Sequence[int]] | None,
+        turns: tuple[int, int, int],
+        table: tuple[int, int, int],
+        page_size: int,
+        pool: tuple[int, int],
+    ) -> Decoder:
+        """All addresses stay the caller's, and valid. `embedding`: address, rows, number of the first, whether it is
+        bfloat16. `end`: weight and epsilon of the last norm, the head, and how many logits each rank makes. `turns`:
+        cos and signed sin, [positions, numbers of a head], and how many positions. `table`: page table (int64), rows,
+        columns. `pool`: [layers, 2, slots, KV heads, numbers of a head], and how many numbers."""
+
     def decode(
         self,
+        ids: object,
+        rows: object,
+        starts: object,
         x: int,
-        tokens: int,
-        turn: tuple[int, int],
-        pool: tuple[int, int, int],
-        seen: tuple[int, int, int],
-        table: tuple[int, int, int, int],
+        out: int | None,
         threads: int,
         group: Group | None,
-        behind: Matrix | None,
     ) -> None:
-        """x, [tokens, hidden], in place. `turn`: cos and signed sin, [tokens, numbers of a head]. `pool`: addresses of
-        the layer's keys and values, and how many slots they have. `seen`: int64 per token, its slot, its row in the
-        table, how many tokens it sees. `table`: page table (int64), rows, columns, tokens of a page. `group`: adds up
-        what the ranks have. `behind`: the matrix that is used behind this layer. Raises CollectiveError."""
+        """One token of each sequence: `ids` (int64), its row in the page table and how many tokens of it are stored
+        (int32); arrays. `x`: [tokens, hidden], what the stage begins with if it does not embed, and what comes out of
+        it. `out`: [tokens, logits of all ranks], where they are made and wanted. `group`: adds up what the ranks have.
+        Raises CollectiveError, ValueError."""
 
 def products_are_fast() -> bool:
     """Whether this CPU has what `Matrix` is made for."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,9 +72,13 @@ class ToldColumns:
 NOTHING_TOLD = ToldColumns(*(np.empty(0, np.int64) for _ in range(3)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SamplingColumns:
-    """One entry per sequence that gets a token in this step, in the order of the plan."""
+    """One entry per sequence that gets a token in this step, in the order of the plan.
+
+    Nothing here depends on the step, unless logits are changed, so that plans share one as long as they draw for the
+    same sequences.
+    """
 
     temperatures: npt.NDArray[np.float32]
     """0 is greedy."""
@@ -84,8 +88,6 @@ class SamplingColumns:
     min_ps: npt.NDArray[np.float32]
     """0: off."""
     seeds: npt.NDArray[np.uint64]
-    positions: Int64s
-    """Place of the new token in its sequence. With the seed it fixes the random number, whatever the batch."""
     logprobs: Int32s
     """How many of the likeliest tokens to report beside the new one; -1: nothing."""
     scaled: LogitChanges = NO_CHANGES
@@ -93,6 +95,18 @@ class SamplingColumns:
     added: LogitChanges = NO_CHANGES
     """Then: the value is added; an id may stand here more than once."""
 
+    @cached_property
+    def is_greedy(self) -> bool:
+        """Of everybody's logits, as they are, the largest is drawn."""
+        return not (len(self.scaled) or len(self.added) or (self.temperatures > 0).any())
+
+    @cached_property
+    def reports(self) -> bool:
+        """Somebody wants logprobs."""
+        return bool((self.logprobs >= 0).any())
+
+
+_NOBODY = np.empty((0, RECORD_NUMBERS), np.int64)
 
 NO_SAMPLING = SamplingColumns(
     temperatures=np.empty(0, np.float32),
@@ -100,7 +114,6 @@ NO_SAMPLING = SamplingColumns(
     top_ps=np.empty(0, np.float32),
     min_ps=np.empty(0, np.float32),
     seeds=np.empty(0, np.uint64),
-    positions=np.empty(0, np.int64),
     logprobs=np.empty(0, np.int32),
 )
 
@@ -126,16 +139,25 @@ class StepPlan:
     told: ToldColumns = NOTHING_TOLD
     first_half: int = 0
     """See `Record`."""
-    everybody: Int64s = field(default_factory=lambda: np.empty((0, RECORD_NUMBERS), np.int64))
+    everybody: Int64s = field(default_factory=lambda: _NOBODY)
     """[data-parallel ranks, 8]: what each of them does in this step (`Record`), if they go in step."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def positions(self) -> Int64s:
+        """Places of the new tokens in their sequences. With the seeds they fix the random numbers, whoever is drawn for
+        beside them."""
+        positions: Int64s = (self.starts + self.lengths)[self.sampled].astype(np.int64)
+        return positions
+
     @cached_property
     def record(self) -> Record:
         """What other data-parallel ranks must know of this step."""
         tokens = len(self.token_ids)
+        if self.logit_rows is None:
+            return Record(tokens, tokens, DECODE if tokens else IDLE, self.first_half)
         mode = PREFILL if (self.lengths > 1).any() else DECODE if tokens else IDLE
         return Record(tokens, int(self.sampled.sum()) + len(self.told), mode, self.first_half)
 
@@ -151,13 +173,15 @@ class StepPlan:
         """Of the step's tokens, those whose logits are wanted: the sampled sequences, then what is told. None: all
         in order, as in most steps.
         """
-        if len(self.token_ids) == len(self) and not len(self.told) and self.sampled.all():
+        if len(self.token_ids) == len(self) and not len(self.told) and np.count_nonzero(self.sampled) == len(self):
             return None
         return np.concatenate([np.cumsum(self.lengths, dtype=np.int64)[self.sampled] - 1, self.told.rows])
 
     @property
     def is_idle(self) -> bool:
         """Nobody has anything to compute."""
+        if not len(self.everybody):
+            return not len(self.token_ids)
         return not any(record.tokens for record in self.records)
 
     @property
@@ -192,90 +216,3 @@ class StepPlan:
                 )
             )
         return parts[0], parts[1]
-
-    def encode(self) -> bytes:
-        """How the driver sends a plan to the other ranks; `decode` is the other end."""
-        columns: dict[str, npt.NDArray[Any]] = vars(self) | {
-            "first_half": np.array([self.first_half], np.int64),
-            **{f"told_{part}": getattr(self.told, part) for part in _TOLD},
-        }
-        sampling: dict[str, npt.NDArray[Any]] = dict(vars(self.sampling))
-        for kind in _CHANGES:
-            changes = sampling[kind]
-            sampling |= {f"{kind}_{part}": getattr(changes, part) for part in _CHANGE}
-        return _packed(columns, _COLUMNS) + _packed(sampling, _SAMPLING)
-
-    @classmethod
-    def decode(cls, data: bytes, *, draws: bool = True) -> StepPlan:
-        """What `encode` wrote. For ranks that draw no tokens (not `draws`), `sampling` is left out: who follows a plan
-        is late by what this takes."""
-        buffer = bytearray(data)  # writable, since tensors are made of the columns
-        columns, end = _unpacked(buffer, _COLUMNS, 0)
-        told = [columns.pop(f"told_{part}") for part in _TOLD]
-        if len(told[0]):
-            columns["told"] = ToldColumns(*told)
-        columns["page_updates"] = columns["page_updates"].reshape(-1, 3)
-        columns["first_half"] = int(columns["first_half"][0])
-        columns["everybody"] = columns["everybody"].reshape(-1, RECORD_NUMBERS)
-        if not draws:
-            return cls(**columns, sampling=NO_SAMPLING)
-        sampling, _ = _unpacked(buffer, _SAMPLING, end)
-        for kind in _CHANGES:
-            sampling[kind] = LogitChanges(*(sampling.pop(f"{kind}_{part}") for part in _CHANGE))
-        return cls(**columns, sampling=SamplingColumns(**sampling))
-
-
-def _packed(columns: dict[str, npt.NDArray[Any]], dtypes: dict[str, type[np.generic]]) -> bytes:
-    """How many numbers each column has, then the columns, filled up to whole words."""
-    wanted = [columns[name] for name in dtypes]
-    counts = np.array([column.size for column in wanted], np.int64)
-    data = b"".join([counts.tobytes(), *(column.tobytes() for column in wanted)])
-    return data + bytes(-len(data) % 8)
-
-
-def _unpacked(buffer: bytearray, dtypes: dict[str, type[np.generic]], at: int) -> tuple[dict[str, Any], int]:
-    """What `_packed` wrote there, and where it ends."""
-    counts = np.frombuffer(buffer, np.int64, len(dtypes), at).tolist()
-    at += 8 * len(dtypes)
-    columns: dict[str, Any] = {}
-    for (name, dtype), count in zip(dtypes.items(), counts, strict=True):
-        columns[name] = np.frombuffer(buffer, dtype, count, at) if count else _EMPTY[dtype]
-        at += count * _SIZES[dtype]
-    return columns, at + -at % 8
-
-
-# The wider ones come first, so that all are aligned.
-_COLUMNS: dict[str, type[np.generic]] = {
-    "token_ids": np.int64,
-    "told_rows": np.int64,
-    "told_ids": np.int64,
-    "told_tops": np.int64,
-    "everybody": np.int64,
-    "first_half": np.int64,
-    "rows": np.int32,
-    "starts": np.int32,
-    "lengths": np.int32,
-    "page_updates": np.int32,
-    "sampled": np.bool_,
-}
-_SAMPLING: dict[str, type[np.generic]] = {
-    "seeds": np.uint64,
-    "positions": np.int64,
-    "scaled_rows": np.int64,
-    "scaled_ids": np.int64,
-    "added_rows": np.int64,
-    "added_ids": np.int64,
-    "temperatures": np.float32,
-    "top_ks": np.int32,
-    "top_ps": np.float32,
-    "min_ps": np.float32,
-    "logprobs": np.int32,
-    "scaled_values": np.float32,
-    "added_values": np.float32,
-}
-_EMPTY = {dtype: np.empty(0, dtype) for dtype in (*_COLUMNS.values(), *_SAMPLING.values())}
-_SIZES = {dtype: np.dtype(dtype).itemsize for dtype in _EMPTY}
-
-_TOLD = ("rows", "ids", "tops")
-
-_CHANGES, _CHANGE = ("scaled", "added"), ("rows", "ids", "values")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -210,11 +211,11 @@ class Place:
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
-    @property
+    @cached_property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.layout.pp_size - 1
 
-    @property
+    @cached_property
     def samples(self) -> bool:
         """Whether tokens are drawn here."""
         return self.is_last_stage and self.attention_tp_rank == 0

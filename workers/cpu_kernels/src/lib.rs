@@ -6,6 +6,7 @@
 
 mod attention;
 mod block;
+mod decoder;
 mod layer;
 mod matrix;
 mod memory;
@@ -14,7 +15,8 @@ mod simd;
 mod weight;
 
 pub use attention::{Cached, Queries, attend};
+pub use decoder::{Decoder, Memory, Places, Tokens};
 pub use layer::{Layer, Step};
 pub use matrix::{Ahead, Matrix, products_are_fast};
-pub use rows::{add_and_norm, norm_heads, rotate, rows_of, silu_and_multiply, store};
+pub use rows::{add_and_norm, largest, norm_heads, rotate, rows_of, silu_and_multiply, store};
 pub use weight::{Bfloat16, Weight};

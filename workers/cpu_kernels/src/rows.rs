@@ -1,6 +1,6 @@
 //! What is done to each row by itself.
 
-use crate::simd::{Fuse, dot, exp, kernel};
+use crate::simd::{Fuse, LANES, dot, exp, kernel};
 use crate::weight::Weight;
 
 kernel! {
@@ -116,6 +116,19 @@ pub fn rows_of<W: Weight>(weight: &[W], width: usize, first: i64, ids: &[i64], o
             None => out.fill(0.0),
         }
     }
+}
+
+/// Where the largest number stands, the first of equal ones. What is no number is smaller than all others.
+#[must_use]
+pub fn largest(row: &[f32]) -> usize {
+    let (blocks, rest) = row.as_chunks::<LANES>();
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut most = [f32::NEG_INFINITY; LANES];
+    for block in blocks {
+        most.iter_mut().zip(block).for_each(|(most, number)| *most = larger(*most, *number));
+    }
+    let most = most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    row.iter().position(|number| *number == most).unwrap_or(0)
 }
 
 kernel! {

@@ -2,7 +2,7 @@
 #![allow(missing_docs, reason = "tests")]
 
 use cpu_kernels::{
-    Bfloat16, Cached, Matrix, Queries, add_and_norm, attend, norm_heads, rotate, silu_and_multiply, store,
+    Bfloat16, Cached, Matrix, Queries, add_and_norm, attend, largest, norm_heads, rotate, silu_and_multiply, store,
 };
 
 /// Numbers between -1 and 1 that look random.
@@ -283,4 +283,19 @@ fn rows_by_their_numbers() {
     cpu_kernels::rows_of(&upper_halves(&weight), 3, 10, &[11, 9, 13, 14], &mut widened);
     assert_eq!(out, [3.0, 4.0, 5.0, 0.0, 0.0, 0.0, 9.0, 10.0, 11.0, 0.0, 0.0, 0.0]);
     assert_eq!(out, widened);
+}
+
+#[test]
+fn the_first_of_the_largest_is_found() {
+    for width in [2, 15, 16, 17, 100, 1000] {
+        for place in [1, width / 2, width - 1] {
+            let mut row: Vec<f32> = numbers(width, 5).iter().map(|number| number - 2.0).collect();
+            row[0] = f32::NAN;
+            row[place] = 0.5;
+            row[width - 1] = 0.5;
+            assert_eq!(largest(&row), place);
+        }
+    }
+    assert_eq!(largest(&[f32::NAN; 20]), 0);
+    assert_eq!(largest(&[f32::NEG_INFINITY; 20]), 0);
 }

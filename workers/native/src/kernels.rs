@@ -2,13 +2,10 @@
 #![allow(unsafe_code, reason = "memory of tensors, by address")]
 #![allow(clippy::too_many_arguments, reason = "kernels take what they take")]
 
-use std::sync::Arc;
-
-use cpu_kernels::{Ahead, Bfloat16, Cached, Layer, Matrix, Queries, Step};
+use cpu_kernels::{Bfloat16, Cached, Queries};
+use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use rank_comm::Dtype;
 
-use crate::comm::{PyGroup, raised};
 use crate::memory::{numbers, numbers_mut};
 
 // SAFETY, of all functions here: the caller's tensors are float32 (or int64), contiguous where their size says so, live during the call,
@@ -72,112 +69,15 @@ fn rows_of(weight: usize, rows: usize, width: usize, first: i64, ids: usize, cou
 }
 
 #[pyfunction]
+fn likeliest(py: Python<'_>, logits: usize, rows: usize, width: usize, out: PyBuffer<i64>) -> PyResult<()> {
+    let logits = unsafe { numbers(logits, rows * width) };
+    let found: Vec<i64> = logits.chunks_exact(width).map(|row| cpu_kernels::largest(row) as i64).collect();
+    out.copy_from_slice(py, &found)
+}
+
+#[pyfunction]
 fn silu_and_multiply(x: usize, out: usize, rows: usize, width: usize) {
     unsafe { cpu_kernels::silu_and_multiply(numbers(x, 2 * rows * width), numbers_mut(out, rows * width), width) }
-}
-
-#[pyclass(frozen, name = "Matrix", module = "warmroute_worker._native")]
-pub(crate) struct PyMatrix(Arc<Matrix>);
-
-#[pymethods]
-impl PyMatrix {
-    #[new]
-    fn new(weight: usize, outputs: usize, inputs: usize, bias: usize, bfloat16: bool) -> Self {
-        let (count, biases) = (outputs * inputs, if bias == 0 { 0 } else { outputs });
-        Self(Arc::new(unsafe {
-            let bias = numbers(bias, biases);
-            if bfloat16 {
-                Matrix::new::<Bfloat16>(numbers(weight, count), inputs, bias)
-            } else {
-                Matrix::new::<f32>(numbers(weight, count), inputs, bias)
-            }
-        }))
-    }
-
-    fn multiply(&self, py: Python<'_>, x: usize, rows: usize, out: usize, threads: usize) {
-        let matrix = &self.0;
-        py.detach(|| unsafe {
-            matrix.multiply(numbers(x, rows * matrix.inputs()), numbers_mut(out, rows * matrix.outputs()), threads);
-        });
-    }
-}
-
-#[pyclass(frozen, name = "Layer", module = "warmroute_worker._native")]
-pub(crate) struct PyLayer(Layer);
-
-#[pymethods]
-impl PyLayer {
-    #[new]
-    #[pyo3(signature = (matrices, norms, head_norms, eps, scale, heads))]
-    fn new(
-        matrices: [PyRef<'_, PyMatrix>; 4],
-        norms: (Vec<f32>, Vec<f32>),
-        head_norms: Option<(Vec<f32>, Vec<f32>)>,
-        eps: f32,
-        scale: f32,
-        heads: (usize, usize, usize),
-    ) -> Self {
-        let [qkv, output, gate_up, down] = matrices.map(|matrix| Arc::clone(&matrix.0));
-        let (attention_norm, mlp_norm) = norms;
-        let (heads, kv_heads, head_dim) = heads;
-        Self(Layer {
-            attention_norm,
-            qkv,
-            head_norms,
-            output,
-            mlp_norm,
-            gate_up,
-            down,
-            eps,
-            scale,
-            heads,
-            kv_heads,
-            head_dim,
-        })
-    }
-
-    #[pyo3(signature = (x, tokens, turn, pool, seen, table, threads, group, behind))]
-    fn decode(
-        &self,
-        py: Python<'_>,
-        x: usize,
-        tokens: usize,
-        turn: (usize, usize),
-        pool: (usize, usize, usize),
-        seen: (usize, usize, usize),
-        table: (usize, usize, usize, usize),
-        threads: usize,
-        mut group: Option<PyRefMut<'_, PyGroup>>,
-        behind: Option<PyRef<'_, PyMatrix>>,
-    ) -> PyResult<()> {
-        let (layer, (cos, sin), (keys, values, pool_slots), (slots, rows, visible)) = (&self.0, turn, pool, seen);
-        let (page_table, table_rows, pages_per_row, page_size) = table;
-        let count = pool_slots * layer.kv_heads * layer.head_dim;
-        let group = group.as_mut().map(|group| &mut group.0);
-        let behind = behind.as_ref().map(|behind| &*behind.0);
-        py.detach(|| unsafe {
-            let step = Step {
-                cos: numbers(cos, tokens * layer.head_dim),
-                sin: numbers(sin, tokens * layer.head_dim),
-                slots: numbers(slots, tokens),
-                rows: numbers(rows, tokens),
-                visible: numbers(visible, tokens),
-                page_table: numbers(page_table, table_rows * pages_per_row),
-                pages_per_row,
-                page_size,
-                threads,
-            };
-            let x = numbers_mut(x, tokens * layer.attention_norm.len());
-            let (keys, values) = (numbers_mut(keys, count), numbers_mut(values, count));
-            let Some(group) = group else { return layer.decode(x, keys, values, step, None, |_, _| Ok(())) };
-            layer.decode(x, keys, values, step, behind, |part, mut ahead| {
-                let bytes = numbers_mut(part.as_mut_ptr().expose_provenance(), size_of_val(part));
-                let mut more = || ahead.as_mut().is_some_and(Ahead::more);
-                group.all_reduce_meanwhile(bytes, Dtype::Float32, &mut more)
-            })
-        })
-        .map_err(raised)
-    }
 }
 
 #[pyfunction]
@@ -237,9 +137,8 @@ pub(crate) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(rotate, module)?)?;
     module.add_function(wrap_pyfunction!(store, module)?)?;
     module.add_function(wrap_pyfunction!(rows_of, module)?)?;
+    module.add_function(wrap_pyfunction!(likeliest, module)?)?;
     module.add_function(wrap_pyfunction!(silu_and_multiply, module)?)?;
-    module.add_class::<PyMatrix>()?;
-    module.add_class::<PyLayer>()?;
     module.add_function(wrap_pyfunction!(products_are_fast, module)?)?;
     module.add_function(wrap_pyfunction!(attend, module)?)
 }

@@ -2,6 +2,7 @@
 #![cfg(feature = "python")]
 
 mod comm;
+mod decoder;
 mod kernels;
 mod memory;
 
@@ -12,5 +13,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<comm::PyRegion>()?;
     module.add_class::<comm::PyGroup>()?;
     module.add("CollectiveError", module.py().get_type::<comm::CollectiveError>())?;
+    decoder::add_to(module)?;
     kernels::add_to(module)
 }

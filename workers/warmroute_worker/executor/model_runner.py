@@ -26,6 +26,7 @@ from warmroute_worker.layers.moe import ExpertParallel, MixtureOfExperts
 from warmroute_worker.model_config import ModelError
 from warmroute_worker.models import registry
 from warmroute_worker.models.decoder import Stage
+from warmroute_worker.models.whole_decoder import is_whole
 from warmroute_worker.weights.dummy import DummyWeights
 from warmroute_worker.weights.safetensors_reader import SafetensorsReader
 from warmroute_worker.weights.source import DEFAULT_PACKING, MeasuredWeights, Packing
@@ -128,6 +129,11 @@ class ModelRunner:
         self.attention = PagedAttention(
             self.pool, args.of_rank()[0], sizes.context_length, rounded, own_kernel=own_kernel
         )
+        whole = self.model.whole(self.attention) if own_kernel else None
+        # A head of torch's has other bits for other numbers of rows.
+        alike = rounded == 1 or not self.stage.ends or (whole is not None and whole.makes_logits)
+        self._whole = whole if alike else None
+        """For most steps."""
         self._hidden = config.hidden_size
         self._threads = args.threads or max(1, usable_cores() // links.ranks_on_host)
         self._single_thread_tokens = single_thread_tokens(
@@ -137,19 +143,33 @@ class ModelRunner:
         if args.enable_torch_compile:
             self._compile()
 
-    @torch.inference_mode()
     def forward(self, plan: StepPlan, before: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor | None:
         """One step. `before` fills in what the stage before has made of the tokens, where this is not the first.
 
         Returns [tokens, hidden] where this is not the last stage; else [wanted, vocab] float32 at the group's first
         rank and None at the others: rows of the sampled sequences, then of what is told.
         """
-        # With DP attention a rank without tokens has its share of everybody's MLPs.
-        tokens = sum(record.tokens for record in plan.records)
-        wanted_threads = self._threads if tokens > self._single_thread_tokens else 1
-        if wanted_threads != torch.get_num_threads():
-            torch.set_num_threads(wanted_threads)
+        if self._whole is not None and is_whole(plan):
+            # Without torch's mode, which costs 40 us when weights have driven torch's code out of the caches.
+            result = self._whole(plan, before, self._wanted_threads(len(plan)), samples=self.place.samples)
+            self._stored_tokens += len(plan)
+            if self._whole.makes_logits or not self.stage.ends:
+                return result
+            assert result is not None
+            return self._logits(plan, result)
+        return self._forward(plan, before)
+
+    @torch.inference_mode()
+    def _logits(self, plan: StepPlan, x: torch.Tensor) -> torch.Tensor | None:
+        """Where one call makes only what they are made of."""
+        self._use_threads(len(plan))
+        return self.model.logits(x, self._rows([len(plan)]), samples=self.place.samples)
+
+    @torch.inference_mode()
+    def _forward(self, plan: StepPlan, before: Callable[[torch.Tensor], None] | None) -> torch.Tensor | None:
         records, halves = plan.records, plan.halves
+        # With DP attention a rank without tokens has its share of everybody's MLPs.
+        self._use_threads(sum(record.tokens for record in records))
         parts = [plan] if halves is None else plan.cut()
         batches = [self.attention.begin(part) for part in parts]
         token_ids = np.concatenate([rounded_up(part.token_ids, self._rounded) for part in parts])
@@ -174,6 +194,15 @@ class ModelRunner:
             x = x[self._logit_rows(plan, batches)]
         logits = self.model.logits(x, self._rows(logit_rows), samples=self.place.samples)
         return None if logits is None else logits[: plan.record.logit_rows]
+
+    def _wanted_threads(self, tokens: int) -> int:
+        return self._threads if tokens > self._single_thread_tokens else 1
+
+    def _use_threads(self, tokens: int) -> None:
+        """In torch's operations."""
+        wanted = self._wanted_threads(tokens)
+        if wanted != torch.get_num_threads():
+            torch.set_num_threads(wanted)
 
     def _logit_rows(self, plan: StepPlan, batches: Sequence[AttentionBatch]) -> torch.Tensor:
         """Where in the step's vectors those are that become logits."""
@@ -224,9 +253,12 @@ class ModelRunner:
 
     def counts(self) -> dict[str, int]:
         """What this rank did since the start, for `/debug/ranks`."""
+        stored = {"stored_bytes": self._stored_tokens * self._token_bytes}
+        if not self._has_experts:
+            return stored
         statistics = self.stage.experts.statistics
         return {
-            "stored_bytes": self._stored_tokens * self._token_bytes,
+            **stored,
             "sent_rows": statistics.sent_rows,
             "expert_rows": statistics.expert_rows,
             "overlap_ns": statistics.overlap_ns,

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import msgpack
 import torch
 
+from warmroute_worker import step_plan_wire
 from warmroute_worker.executor import model_runner, sampler
 from warmroute_worker.executor.executor import ExecutorFacts, StepOutOfMemoryError
 from warmroute_worker.executor.trace import Trace
 from warmroute_worker.messages import TokenLogprobs
 from warmroute_worker.startup_error import StartupError
-from warmroute_worker.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from warmroute_worker.comm.rank_links import RankLinks
     from warmroute_worker.executor.executor import Drawn
     from warmroute_worker.model_config import ModelConfig
+    from warmroute_worker.step_plan import StepPlan
 
 NO_PLAN = b""
 """What ends the ranks' work."""
 
 ORDER = b"order:"
-"""What is no plan begins so. A plan begins with a count of tokens, which is far below these letters as a number."""
+"""What is no plan begins so. A plan begins with a number that is negative or far below these letters as one."""
 
 
 _MODES = ("idle", "decode", "prefill")
@@ -91,9 +92,8 @@ class Rank:
         links = self._links
         waited = links.comm_ns
         mode = plan.record.mode
-        text = f"step {self._steps}: {_MODES[mode]} of {len(plan.token_ids)} tokens"
         self._steps += 1
-        with torch.profiler.record_function(text) if self.trace else _NO_TRACE:
+        with self._traced(plan) if self.trace else _NO_TRACE:
             result = self.runner.forward(plan, None if self.place.is_first_stage else links.take)
         if not self.place.is_last_stage:
             assert result is not None
@@ -106,6 +106,10 @@ class Rank:
         links.stepped(max(busy, 0), _MODES[mode])
         links.say(**self.runner.counts())
         return drawn
+
+    def _traced(self, plan: StepPlan) -> contextlib.AbstractContextManager[object]:
+        mode = _MODES[plan.record.mode]
+        return torch.profiler.record_function(f"step {self._steps - 1}: {mode} of {len(plan.token_ids)} tokens")
 
     def obey(self, order: bytes) -> str:
         """What is no step: begin or end a trace, count experts. A line for the user. Raises OSError, ValueError."""
@@ -134,11 +138,12 @@ class Rank:
         if logits is None:
             return [], {}
         count = plan.record.logit_rows - len(plan.told)
-        sampled, told = logits[:count], logits[count:]
-        tokens = sampler.sample(sampled, plan.sampling)
+        sampled = logits[:count] if len(plan.told) else logits
+        tokens = sampler.sample(sampled, plan.sampling, lambda: plan.positions)
         reported = sampler.logprobs(sampled, plan.sampling, tokens)
-        of_prompts = sampler.prompt_logprobs(told, plan.told)
-        return tokens.tolist(), reported | dict(enumerate(of_prompts, count))
+        if len(plan.told):
+            reported |= enumerate(sampler.prompt_logprobs(logits[count:], plan.told), count)
+        return tokens.tolist(), reported
 
 
 class RankExecutor:
@@ -158,7 +163,7 @@ class RankExecutor:
         if not self._drawn:
             self._active_since = time.perf_counter_ns()
         if self.rank.place.layout.world_size > 1:
-            self.links.send_plan(plan.encode())
+            self.links.send_plan(step_plan_wire.encode(plan))
         try:
             drawn = self.rank.run(plan)
             self._drawn.append(drawn if len(plan) else ([], {}))
@@ -206,7 +211,7 @@ def follow(rank: Rank, links: RankLinks) -> None:
                 rank.obey(data)
             links.order_obeyed()
             continue
-        drawn = rank.run(StepPlan.decode(data, draws=rank.place.samples))
+        drawn = rank.run(step_plan_wire.decode(data, draws=rank.place.samples))
         if drawn is not None:
             links.send_tokens(_encoded(drawn))
 

@@ -90,14 +90,18 @@ class PagedAttention:
         assert self._native or not self._deterministic
         self._page_size = pool.page_size
         self._device, self._dtype = pool.data.device, pool.data.dtype
-        self._page_table = np.full((num_rows, -(-context_length // pool.page_size)), PADDING_PAGE, np.int64)
+        self.page_table = np.full((num_rows, -(-context_length // pool.page_size)), PADDING_PAGE, np.int64)
         self._gathered = torch.empty(0, dtype=self._dtype, device=self._device)
+
+    def update(self, plan: StepPlan) -> None:
+        """The page table, as the plan wants it."""
+        if len(plan.page_updates):
+            rows, indices, pages = plan.page_updates.T
+            self.page_table[rows, indices] = pages
 
     def begin(self, plan: StepPlan) -> AttentionBatch:
         """Update the page table and say where the plan's tokens belong."""
-        if len(plan.page_updates):
-            rows, indices, pages = plan.page_updates.T
-            self._page_table[rows, indices] = pages
+        self.update(plan)
         if len(plan.token_ids) == len(plan):
             # Everybody decodes: most steps.
             positions, token_rows, num_decodes = plan.starts.astype(np.int64), plan.rows, len(plan)
@@ -106,12 +110,12 @@ class PagedAttention:
             token_rows = np.repeat(plan.rows, plan.lengths)
             num_decodes = int(np.argmax(plan.lengths > 1))
         size = self._page_size
-        slots = self._page_table[token_rows, positions // size] * size + positions % size
+        slots = self.page_table[token_rows, positions // size] * size + positions % size
         seen, decodes = None, []
         if self._native:
             alone = len(positions) if self._deterministic else num_decodes
             rows, visible = token_rows[:alone].astype(np.int64), positions[:alone] + 1
-            seen = native.Seen(rows, visible, self._page_table, size, torch.get_num_threads())
+            seen = native.Seen(rows, visible, self.page_table, size, torch.get_num_threads())
         else:
             decodes = self._decodes(plan.rows[:num_decodes], plan.starts[:num_decodes] + 1)
         decoded = self._native and (self._deterministic or num_decodes == len(plan))
@@ -230,7 +234,7 @@ class PagedAttention:
         for members in similar_lengths(page_counts):
             longest = int(page_counts[members].max())
             offsets = np.arange(longest)
-            pages = self._page_table[rows[members], :longest]
+            pages = self.page_table[rows[members], :longest]
             # The table keeps what earlier sequences left behind a row's end.
             pages = np.where(offsets < page_counts[members, None], pages, PADDING_PAGE)
             visible = np.arange(longest * self._page_size) < num_tokens[members, None]
@@ -258,7 +262,7 @@ class PagedAttention:
                 for begin in range(start, start + length, QUERY_BLOCK):
                     end = min(begin + QUERY_BLOCK, start + length)
                     at = offset + begin - start
-                    pages = self._page_table[row, : -(-end // self._page_size)]
+                    pages = self.page_table[row, : -(-end // self._page_size)]
                     visible = torch.ones((end - begin, end), dtype=torch.bool, device=self._device).tril_(begin)
                     prefills.append(Prefill(slice(at, at + end - begin), self._tensor(pages), end, visible))
             offset += length

@@ -124,6 +124,11 @@ class Embedding:
         self.weight = matrix(source, f"{name}.weight", (rows, features), Part.of_rows(own))
         self._native = native.usable(source.dtype, self.weight.device)
 
+    def place(self) -> tuple[int, int, int, bool]:
+        """Where the native call finds it: address, rows, the number of the first, whether it is bfloat16."""
+        assert self.weight.is_contiguous()
+        return self.weight.data_ptr(), len(self.weight), self._first, self.weight.dtype == torch.bfloat16
+
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[tokens] -> [tokens, features]"""
         if self._native:
@@ -147,19 +152,24 @@ class Head:
         own = topology.share(rows, group.rank, group.size)
         self._rows, self._group = rows, group
         weight = matrix(source, f"{name}.weight", (rows, features), Part.of_rows(own))
-        self._product = product(source.packing, weight)
+        self.product = product(source.packing, weight)
 
     @classmethod
     def tied(cls, embedding: Embedding, rows: int, group: TensorGroup) -> Head:
         """With the embedding's own matrix, of which there is one copy only."""
         head = cls.__new__(cls)
         head._rows, head._group = rows, group
-        head._product = lambda x: functional.linear(x, embedding.weight)
+        head.product = lambda x: functional.linear(x, embedding.weight)
         return head
 
     def __call__(self, x: torch.Tensor, wanted: range | None) -> torch.Tensor | None:
         """[tokens, features] -> [wanted tokens, rows], or None if this rank wants none"""
-        return self._group.join_columns(self._product(x), self._rows, wanted)
+        return self._group.join_columns(self.product(x), self._rows, wanted)
+
+    @property
+    def widths(self) -> list[int]:
+        """How many logits each rank makes."""
+        return [len(topology.share(self._rows, rank, self._group.size)) for rank in range(self._group.size)]
 
 
 class RmsNorm:

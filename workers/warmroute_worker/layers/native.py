@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from warmroute_worker import _native
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from warmroute_worker.step_plan import Int64s
 
 
@@ -76,6 +75,14 @@ def rows_of(weight: torch.Tensor, first: int, ids: torch.Tensor) -> torch.Tensor
     out = torch.empty((len(ids), width), dtype=torch.float32)
     _native.rows_of(weight.data_ptr(), rows, width, first, ids.data_ptr(), len(ids), out.data_ptr(), bfloat16)
     return out
+
+
+def likeliest(logits: torch.Tensor) -> Int64s:
+    """[rows, vocab] -> where in each row the largest number stands: the first of equal ones."""
+    rows, width = logits.shape
+    found = np.empty(rows, np.int64)
+    _native.likeliest(_dense(logits).data_ptr(), rows, width, found)
+    return found
 
 
 def store(x: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor) -> None:

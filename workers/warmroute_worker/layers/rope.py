@@ -28,6 +28,11 @@ class RotaryEmbedding:
         self._half = head_dim // 2
         self._native = native.usable(dtype, device)
 
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin, [positions, head_dim] each."""
+        return self._cos, self._sin
+
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin of [tokens] positions, each [tokens, 1, head_dim]: once per step, for all layers."""
         if self._native:

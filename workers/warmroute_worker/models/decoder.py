@@ -8,7 +8,6 @@ the decoder, `Stage`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +21,11 @@ from warmroute_worker.layers.expert_map import ExpertLayout
 from warmroute_worker.layers.linear import Embedding, Head, RmsNorm
 from warmroute_worker.layers.mlp import GatedMlp, gated_mlp
 from warmroute_worker.layers.moe import ExpertParallel, MixtureOfExperts
+from warmroute_worker.layers.native import Matrix
 from warmroute_worker.layers.rope import RotaryEmbedding
 from warmroute_worker.models.halves import Half, forward
 from warmroute_worker.models.self_attention import GroupedAttention, LatentAttention
-from warmroute_worker.models.whole_layer import DecodeStep, WholeLayer
+from warmroute_worker.models.whole_decoder import WholeDecoder, can_sum, native_layer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,6 +66,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, source: WeightSource, context_length: int, stage: Stage) -> None:
         """Raises ModelError if `source` lacks a tensor or has it in another shape."""
         hidden, vocab = config.hidden_size, config.vocab_size
+        self._stage, self._hidden = stage, hidden
         among = stage.groups.attention
         self._embedding: Embedding | None = None
         self._head: Head | None = None
@@ -76,9 +77,6 @@ class Decoder:
         if stage.embeds or shared:
             self._embedding = Embedding(source, embedding, vocab, hidden, among)
         self.layers = [DecoderLayer(config, source, number, index, stage) for index, number in enumerate(stage.layers)]
-        for whole, behind in pairwise(layer.whole for layer in self.layers):
-            if whole is not None and behind is not None:
-                whole.behind = behind.first
         if stage.ends:
             self._norm = RmsNorm(source, "model.norm", hidden, config.rms_norm_eps)
             if shared and self._embedding is not None:
@@ -90,6 +88,18 @@ class Decoder:
                 group = stage.groups.stage if stage.split_head else among
                 self._head = Head(source, "lm_head", vocab, hidden, group)
         self._rope = RotaryEmbedding(config.rope, config.head_dim, context_length, source.dtype, source.device)
+
+    def whole(self, attention: PagedAttention) -> WholeDecoder | None:
+        """All of it as one call for steps in which every token decodes; None: there is something that it cannot do."""
+        layers, group = [layer.native for layer in self.layers], self._stage.groups.stage
+        native = [layer for layer in layers if layer is not None]
+        if self._stage.dp_attention or not can_sum(group) or len(native) < len(layers):
+            return None
+        end = None
+        if self._head is not None and isinstance(self._head.product, Matrix):
+            end = self._norm, self._head
+        embedding = self._embedding if self._stage.embeds else None
+        return WholeDecoder(native, self._hidden, embedding, self._rope, end, attention, group)
 
     def compiled_mlps(self) -> list[CompiledMlp]:
         """Those of layers and of shared experts."""
@@ -108,9 +118,8 @@ class Decoder:
     ) -> torch.Tensor:
         """[tokens, hidden] -> the same, through the layers of this stage."""
         cos_sin = self._rope.at(batch.positions)
-        step = DecodeStep.of(cos_sin, batch)
         for layer in self.layers:
-            x = layer(x, cos_sin, self._rope, attention, batch, rows, step)
+            x = layer(x, cos_sin, self._rope, attention, batch, rows)
         return x
 
     def forward_halves(
@@ -155,9 +164,7 @@ class DecoderLayer:
         else:
             self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts, number)
         self.sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends
-        self.whole: WholeLayer | None = None
-        if not stage.dp_attention:
-            self.whole = WholeLayer.of(self._attention_norm, self._attention, self._mlp_norm, self.mlp, group)
+        self.native = native_layer(self._attention_norm, self._attention, self._mlp_norm, self.mlp)
 
     def __call__(
         self,
@@ -167,12 +174,8 @@ class DecoderLayer:
         attention: PagedAttention,
         batch: AttentionBatch,
         rows: StepRows,
-        step: DecodeStep | None,
     ) -> torch.Tensor:
-        """[tokens, hidden] -> the same, in x. `step`: if every token decodes."""
-        if self.whole is not None and step is not None:
-            self.whole(x, step, attention)
-            return x
+        """[tokens, hidden] -> the same, in x."""
         inner = self.attend(x, cos_sin, rope, attention, batch)
         if self.sends:
             x += rows.joined(self.mlp(rows.single(inner)))

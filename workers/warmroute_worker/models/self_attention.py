@@ -28,7 +28,7 @@ LATENT_NORM_EPS = 1e-6
 class GroupedAttention:
     """Queries of many heads, keys and values of fewer; in some families a norm over each head.
 
-    `WholeLayer` makes one native call of what stands here.
+    `WholeDecoder` makes one native call of what stands here, and of all layers.
     """
 
     def __init__(self, config: ModelConfig, source: WeightSource, name: str, index: int, group: TensorGroup) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from warmroute_worker.scheduler.logit_changes import logit_changes
-from warmroute_worker.step_plan import NOTHING_TOLD, SamplingColumns, StepPlan, ToldColumns
+from warmroute_worker.scheduler.logit_changes import has_changes, logit_changes
+from warmroute_worker.step_plan import NO_SAMPLING, NOTHING_TOLD, SamplingColumns, StepPlan, ToldColumns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 
 _INT32_MAX = 2**31 - 1
+
+
+NOTHING = range(0)
 
 
 class Chunk(NamedTuple):
@@ -40,36 +44,60 @@ class Chunk(NamedTuple):
     def next_of(cls, request: Request, length: int) -> Chunk:
         """The next `length` pending tokens."""
         start = request.num_computed
-        return cls(request, start, length, length == request.num_pending, request.told_by(start, length), request.epoch)
+        tells = request.told_by(start, length) if request.untold < request.prompt_length else NOTHING
+        return cls(request, start, length, length == request.num_pending, tells, request.epoch)
 
 
-def step_plan(chunks: Sequence[Chunk], page_updates: Sequence[tuple[int, int, int]]) -> StepPlan:
+class SamplingMemo:
+    """The sampling columns of the last plan, for the next one, which mostly draws for the same requests."""
+
+    def __init__(self) -> None:
+        self._sampled: list[Request] = []
+        self._columns = NO_SAMPLING
+        self._changes_logits = False
+
+    def of(self, chunks: Sequence[Chunk]) -> SamplingColumns:
+        sampled = [chunk.request for chunk in chunks if chunk.samples]
+        if sampled != self._sampled:
+            self._sampled = sampled
+            self._changes_logits = any(has_changes(request.sampling) for request in sampled)
+            self._columns = SamplingColumns(
+                temperatures=np.array([request.sampling.temperature for request in sampled], np.float32),
+                top_ks=np.array([min(request.sampling.top_k, _INT32_MAX) for request in sampled], np.int32),
+                top_ps=np.array([request.sampling.top_p for request in sampled], np.float32),
+                min_ps=np.array([request.sampling.min_p for request in sampled], np.float32),
+                seeds=np.array([request.seed for request in sampled], np.uint64),
+                logprobs=np.array([_reported(request) for request in sampled], np.int32),
+            )
+        if not self._changes_logits:
+            return self._columns
+        scaled, added = logit_changes(sampled)
+        return replace(self._columns, scaled=scaled, added=added)
+
+
+def step_plan(
+    chunks: Sequence[Chunk],
+    page_updates: Sequence[tuple[int, int, int]],
+    sampling: SamplingColumns = NO_SAMPLING,
+) -> StepPlan:
     """The plan that computes `chunks`. Decodes must come before prefills, as executors batch them differently."""
     tokens: list[int] = []
     told: list[tuple[int, int, int]] = []
     for request, start, length, _, tells, _ in chunks:
-        before = len(tokens) - start - 1
-        told += [(before + place, request.tokens[place], _reported(request)) for place in tells]
-        tokens += request.tokens[start : start + length]
-    sampled = [chunk.request for chunk in chunks if chunk.samples]
-    scaled, added = logit_changes(sampled)
+        if tells:
+            before = len(tokens) - start - 1
+            told += [(before + place, request.tokens[place], _reported(request)) for place in tells]
+        if length == 1:
+            tokens.append(request.tokens[start])
+        else:
+            tokens += request.tokens[start : start + length]
     return StepPlan(
         rows=np.array([chunk.request.row for chunk in chunks], np.int32),
         starts=np.array([chunk.start for chunk in chunks], np.int32),
         lengths=np.array([chunk.length for chunk in chunks], np.int32),
         token_ids=np.array(tokens, np.int64),
         sampled=np.array([chunk.samples for chunk in chunks], np.bool_),
-        sampling=SamplingColumns(
-            temperatures=np.array([request.sampling.temperature for request in sampled], np.float32),
-            top_ks=np.array([min(request.sampling.top_k, _INT32_MAX) for request in sampled], np.int32),
-            top_ps=np.array([request.sampling.top_p for request in sampled], np.float32),
-            min_ps=np.array([request.sampling.min_p for request in sampled], np.float32),
-            seeds=np.array([request.seed for request in sampled], np.uint64),
-            positions=np.array([len(request.tokens) for request in sampled], np.int64),
-            logprobs=np.array([_reported(request) for request in sampled], np.int32),
-            scaled=scaled,
-            added=added,
-        ),
+        sampling=sampling,
         told=ToldColumns(*np.array(told, np.int64).reshape(-1, 3).T) if told else NOTHING_TOLD,
         page_updates=np.array(page_updates, np.int32).reshape(-1, 3),
     )

@@ -132,4 +132,4 @@ class Request:
         """Judged by the newest token."""
         if self.tokens[-1] in self.stop_token_ids:
             return "stop"
-        return "length" if self.num_remaining <= 0 else None
+        return "length" if len(self.tokens) >= self.prompt_length + self.max_new_tokens else None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from warmroute_worker.messages import Load, Reply, Row, StepOutput, Times
 from warmroute_worker.scheduler.admission import NewTokenRatio, refusal
-from warmroute_worker.scheduler.batch import Chunk, step_plan
+from warmroute_worker.scheduler.batch import Chunk, SamplingMemo, step_plan
 from warmroute_worker.scheduler.request import Request
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Scheduler:
         """Oldest admission first."""
         self._free_rows = list(range(limits.max_running_requests - 1, -1, -1))
         self._ratio = NewTokenRatio(limits.schedule_conservativeness)
+        self._sampling = SamplingMemo()
         self._under_way: deque[list[Chunk]] = deque()
         """What the plans compute whose tokens have not come, the oldest first."""
         self._page_updates: list[tuple[int, int, int]] = []
@@ -180,7 +181,7 @@ class Scheduler:
             self._grow()
             self._admit(now)
             chunks = self._next_chunks()
-        plan = step_plan(chunks, self._page_updates if chunks else [])
+        plan = step_plan(chunks, self._page_updates if chunks else [], self._sampling.of(chunks))
         for request, start, length, *_ in chunks:
             request.num_computed = start + length
         if chunks:
@@ -236,10 +237,10 @@ class Scheduler:
         for request, _, length, samples, tells, epoch in chunks:
             place, token = next(sampled) if samples else (-1, -1)
             told_here = range(told, told + len(tells))
-            told += len(tells)
+            told = told_here.stop
             if request.epoch != epoch:
                 continue
-            if request.told is not None:
+            if tells and request.told is not None:
                 request.told += [logprobs[of_prompt] for of_prompt in told_here]
                 request.untold += len(tells)
             if length > 1:
@@ -264,10 +265,11 @@ class Scheduler:
 
     def _count(self, chunks: Sequence[Chunk]) -> None:
         """What a plan computed, whether it was of use or not."""
-        for chunk in chunks:
-            self._computed_tokens_total[chunk.is_prefill] += chunk.length
+        prefilled = sum(chunk.length for chunk in chunks if chunk.is_prefill)
+        self._computed_tokens_total[True] += prefilled
+        self._computed_tokens_total[False] += sum(chunk.length for chunk in chunks) - prefilled
         if chunks:
-            self._passes_total[any(chunk.is_prefill for chunk in chunks)] += 1
+            self._passes_total[prefilled > 0] += 1
 
     def load(self) -> Load:
         size = self._limits.page_size
@@ -330,6 +332,8 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         """Move waiting requests to running, in order, as long as rows, pages and this step's token budget last."""
+        if not self._waiting:
+            return
         budget = self._prefill_budget() - sum(
             request.next_length(MOST_TOLD) for request in self._running if request.num_pending > 1
         )
@@ -400,11 +404,11 @@ class Scheduler:
         """Decodes first, then prefills, the oldest first, within the budget."""
         # With several plans under way each decodes its share, or one would decode all and the others nothing.
         most = -(-len(self._running) // self._limits.depth)
-        chunks = [Chunk.next_of(request, 1) for request in self._running if request.num_pending == 1][:most]
+        pendings = [(request, request.num_pending) for request in self._running]
+        chunks = [Chunk.next_of(request, 1) for request, pending in pendings if pending == 1][:most]
         budget, told_budget = self._prefill_budget(), MOST_TOLD
         chunked = self._limits.chunked_prefill_size > 0
-        for request in self._running:
-            pending = request.num_pending
+        for request, pending in pendings:
             if pending > 1 and budget > 0:
                 length = min(request.next_length(told_budget), budget if chunked else pending)
                 # Of a prompt that is told perhaps nothing can be computed in this step.
