@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.processes import REPOSITORY
 
 
+@pytest.mark.slow
 def test_router_bench_runs(tmp_path: Path) -> None:
     out = tmp_path / "cells.json"
     workloads = ["unary-100", "unary-32k", "stream-paced", "stream-saturated"]

@@ -33,7 +33,7 @@ def run(router: RouterProcess, requests: list[bytes], connections: int = CONNECT
         {"stall": True},
         {"reset_before_answer": True},
         {"garbage": True},
-        {"idle_close_seconds": 1.0},
+        pytest.param({"idle_close_seconds": 1.0}, marks=pytest.mark.slow),
         {"status": 503},
     ],
     ids=lambda script: "-".join(script),

@@ -188,7 +188,7 @@ def test_sigterm_with_a_hundred_streams(fleet: Fleet, workers: list[FakeWorkerPr
     assert router.process.wait(5) == 0
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_sighup_with_a_hundred_streams(fleet: Fleet, workers: list[FakeWorkerProcess], processes: str) -> None:
     router = fleet.router("--processes", processes, workers=workers)
     old = children(router)

@@ -41,7 +41,7 @@ def run_and_kill(router: RouterProcess, victim: FakeWorkerProcess, stream: bool)
     return asyncio.run(both())
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["unary", "streaming"])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unary", "streaming"])
 def test_kill_one_of_four(fleet: Fleet, stream: bool) -> None:
     victim, *others = fleet.fake_workers(4)
     router = fleet.router(workers=[victim, *others])

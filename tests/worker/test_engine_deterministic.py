@@ -115,6 +115,26 @@ def test_a_step_in_one_call_has_the_bits_of_its_operations(
     assert all(torch.equal(row, single[key]) for key, row in whole.items())
 
 
+@pytest.mark.skipif(not native.Matrix.usable, reason="steps are computed operation by operation on this CPU")
+def test_without_memory_for_more_logits_a_step_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(tmp_path, "Llama")
+    everybody = {str(n): prompt for n, prompt in enumerate(PROMPTS)}
+    wanted = Recorded(tmp_path).run(everybody)
+    empty, failures = torch.empty, iter([False, True])
+
+    def refused(shape: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if shape == (len(PROMPTS), VOCAB_SIZE) and next(failures, False):
+            raise RuntimeError("not enough memory: you tried to allocate logits")
+        return empty(shape, *args, **kwargs)
+
+    recorded = Recorded(tmp_path)
+    monkeypatch.setattr(torch, "empty", refused)
+    assert recorded.run(everybody).keys() == wanted.keys()
+    assert next(failures, None) is None
+    assert recorded.engine.scheduler.retractions_total > 0
+    assert all(torch.allclose(row, wanted[key], atol=2e-4) for key, row in recorded.logits.items())
+
+
 def test_it_is_refused_where_it_does_not_hold(tmp_path: Path) -> None:
     make_model(tmp_path, "Llama")
     with pytest.raises(ModelError, match="--enable-deterministic-inference is for float32 on CPU"):

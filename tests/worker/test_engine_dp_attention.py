@@ -222,7 +222,7 @@ def test_a_stopped_rank_stalls_all_others(deepseek: Reference) -> None:
         worker.until(worker.finished(["runs"]))
 
 
-@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("pp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_when_nobody_has_anything_all_sleep(deepseek: Reference, pp: int) -> None:
     """And who gets work wakes the others, again and again."""
     with drivers(deepseek.folder, **layout(2, 2, 2, pp=pp)) as worker:

@@ -71,20 +71,26 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference(tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.parametrize("layout", ["tp 2", "tp 2, pp 2"])
-def test_the_same_tokens(family: Reference, layout: str) -> None:
-    check_tokens(family, *LAYOUTS[layout])
+def test_the_same_tokens(family: Reference) -> None:
+    check_tokens(family, *LAYOUTS["tp 2"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp 4", "pp 2"])
+@pytest.mark.parametrize("layout", ["tp 4", "pp 2", "tp 2, pp 2"])
 def test_the_same_tokens_with_other_layouts(family: Reference, layout: str) -> None:
     check_tokens(family, *LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("layout", ["tp 4", "pp 2"])
+@pytest.mark.parametrize("layout", ["tp 4", "pp 2", "tp 2, pp 2"])
 def test_the_same_tokens_of_llama(llama: Reference, layout: str) -> None:
     check_tokens(llama, *LAYOUTS[layout])
+
+
+def test_stages_agree_on_rounded_steps(tmp_path: Path) -> None:
+    """Deterministic mode, and a head in torch's order: the last stage cannot compute a step in one call."""
+    reference = make_reference(tmp_path, tie_word_embeddings=True)
+    with ranks(tmp_path, 1, 2, enable_deterministic_inference=True) as (engine, _):
+        assert answers(greedy(engine, reference.prompts)) == reference.answers
 
 
 def check_tokens(family: Reference, tp: int, pp: int) -> None:

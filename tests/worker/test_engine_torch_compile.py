@@ -124,6 +124,7 @@ def test_the_log_says_what_compiling_cost(
     assert WorkerArgs("m", "m", enable_torch_compile=True).effective()["enable_torch_compile"] is True
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_worker_says_what_is_missing(tmp_path: Path) -> None:
     make_llama(tmp_path)
     flags = ["--model-path", str(tmp_path), "--device", "cpu", "--max-total-tokens", "256", "--port", "0"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from warmroute_worker.lock_step import LockStep
 from warmroute_worker.scheduler.batch import step_plan
-from warmroute_worker.step_plan import DECODE, IDLE, Record
+from warmroute_worker.step_plan import DECODE, IDLE, NO_SAMPLING, Record
 
 if TYPE_CHECKING:
     from warmroute_worker.executor.executor import Executor
@@ -27,7 +27,7 @@ class _Others:
 def test_who_is_awake() -> None:
     others = _Others()
     ranks = LockStep(cast("Executor", others))
-    idle = step_plan([], [])
+    idle = step_plan([], [], NO_SAMPLING)
     others.other = Record(1, 1, DECODE)
     plan = ranks.joined(idle, 0)
     assert (plan.is_idle, ranks.is_awake, ranks.round) == (False, True, 1)
@@ -43,7 +43,7 @@ def test_a_word_about_a_round_that_is_over_wakes_nobody() -> None:
     """Nobody else would come to the next one."""
     ranks = LockStep(cast("Executor", _Others()))
     for _ in range(2):
-        ranks.joined(step_plan([], []), 0)
+        ranks.joined(step_plan([], [], NO_SAMPLING), 0)
     for over in (1, 2):
         ranks.wake(over)
         assert not ranks.is_awake

@@ -186,7 +186,13 @@ def test_the_table_and_the_cases_are_the_same() -> None:
         assert words in symptom
 
 
-@pytest.mark.parametrize(("words", "make", "remedy"), CASES, ids=[words for words, _, _ in CASES])
+@pytest.mark.parametrize(
+    ("words", "make", "remedy"),
+    [
+        pytest.param(*case, id=case[0], marks=pytest.mark.slow if case[1] is _deadlock_at_start else ())
+        for case in CASES
+    ],
+)
 def test_a_symptom(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -124,7 +124,8 @@ def rows_of(weight: int, rows: int, width: int, first: int, ids: int, count: int
     bfloat16."""
 
 def likeliest(logits: int, rows: int, width: int, out: object) -> None:
-    """out[i] (an int64 array) = where in row i the largest number stands, the first of equal ones."""
+    """out[i] (an int64 array) = where in row i the largest number stands, the first of equal ones, or the first
+    NaN."""
 
 def silu_and_multiply(x: int, out: int, rows: int, width: int) -> None:
     """[rows, 2 * width] -> [rows, width]"""

@@ -82,12 +82,16 @@ def _decoded_decodes(buffer: bytearray, *, draws: bool) -> StepPlan:
 
 @lru_cache
 def _ones(count: int) -> Int32s:
-    return np.ones(count, np.int32)
+    ones = np.ones(count, np.int32)
+    ones.setflags(write=False)
+    return ones
 
 
 @lru_cache
 def _all(count: int) -> npt.NDArray[np.bool_]:
-    return np.ones(count, np.bool_)
+    everybody = np.ones(count, np.bool_)
+    everybody.setflags(write=False)
+    return everybody
 
 
 @lru_cache(maxsize=8)

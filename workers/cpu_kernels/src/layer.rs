@@ -1,4 +1,4 @@
-//! A decoder layer's decode step, from vectors to vectors: everything between two steps of Python.
+//! A decoder layer's decode step, from vectors to vectors.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -63,7 +63,7 @@ thread_local! {
 
 impl Layer {
     /// `x`, \[tokens, hidden\], becomes what it is after the layer. `keys` and `values`: the layer's pool. `sum` makes of a rank's part of a
-    /// vector the sum of all ranks', twice; while it waits for them it can call for the weights that are used next. `behind`: what those
+    /// vector the sum of all ranks', twice; while it waits for them it can read the weights that are used next. `behind`: what those
     /// are behind this layer.
     ///
     /// # Errors

@@ -18,5 +18,5 @@ pub use attention::{Cached, Queries, attend};
 pub use decoder::{Decoder, Memory, Places, Tokens};
 pub use layer::{Layer, Step};
 pub use matrix::{Ahead, Matrix, products_are_fast};
-pub use rows::{add_and_norm, largest, norm_heads, rotate, rows_of, silu_and_multiply, store};
+pub use rows::{add_and_norm, norm_heads, place_of_largest, rotate, rows_of, silu_and_multiply, store};
 pub use weight::{Bfloat16, Weight};

@@ -127,19 +127,19 @@ impl Matrix {
     }
 }
 
-/// Bytes of a matrix that are asked for before they are used: half of a core's own cache.
+/// Bytes of a matrix that are read before they are used: half of a core's own cache.
 const AHEAD: usize = 512 << 10;
 
 /// Of these at a time: some 150 ns from memory.
 const AT_A_TIME: usize = 4 << 10;
 
-/// The beginning of a matrix, on its way into the core's own cache while there is nothing better to do.
+/// The beginning of a matrix, read into the core's own cache while there is nothing better to do.
 pub struct Ahead<'a> {
     rest: &'a [u8],
 }
 
 impl Ahead<'_> {
-    /// Asks for some more of it; false: there is no more.
+    /// Reads some more of it; false: there is no more.
     pub fn more(&mut self) -> bool {
         let (some, rest) = self.rest.split_at(self.rest.len().min(AT_A_TIME));
         self.rest = rest;

@@ -11,15 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::{MmapMut, MmapRaw};
 
+use crate::simd::LINE;
 use crate::weight::Weight;
 
 /// Of what small matrices share. What is not used of it is never touched.
 const CHUNK: usize = 32 << 20;
 
 const LARGE_PAGE: usize = 2 << 20;
-
-/// A part begins at a line of the cache.
-const LINE: usize = 64;
 
 /// Where the next part goes: a chunk, and how much of it is taken.
 static OPEN: Mutex<Option<(Arc<MmapRaw>, usize)>> = Mutex::new(None);

@@ -1,6 +1,6 @@
 //! What is done to each row by itself.
 
-use crate::simd::{Fuse, LANES, dot, exp, kernel};
+use crate::simd::{Fuse, dot, exp, kernel, largest};
 use crate::weight::Weight;
 
 kernel! {
@@ -118,17 +118,13 @@ pub fn rows_of<W: Weight>(weight: &[W], width: usize, first: i64, ids: &[i64], o
     }
 }
 
-/// Where the largest number stands, the first of equal ones. What is no number is smaller than all others.
+/// Where the largest number stands, the first of equal ones; the first that is none, if there is one, as torch has it.
 #[must_use]
-pub fn largest(row: &[f32]) -> usize {
-    let (blocks, rest) = row.as_chunks::<LANES>();
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let mut most = [f32::NEG_INFINITY; LANES];
-    for block in blocks {
-        most.iter_mut().zip(block).for_each(|(most, number)| *most = larger(*most, *number));
-    }
-    let most = most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
-    row.iter().position(|number| *number == most).unwrap_or(0)
+pub fn place_of_largest(row: &[f32]) -> usize {
+    // Without a way out, so that it is done in vectors.
+    let is_broken = row.iter().fold(false, |found, number| found | number.is_nan());
+    let most = largest(row);
+    row.iter().position(|number| if is_broken { number.is_nan() } else { *number == most }).unwrap_or(0)
 }
 
 kernel! {

@@ -125,8 +125,7 @@ pub(crate) fn has_wide() -> bool {
 pub(crate) const LANES: usize = 16;
 
 /// Bytes of a line of the cache.
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// Asks for as many bytes as `numbers` have, which begin `distance` bytes behind them. `ONCE`: for one use, so they are not kept in the
 /// larger caches.

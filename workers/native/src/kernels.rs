@@ -71,7 +71,8 @@ fn rows_of(weight: usize, rows: usize, width: usize, first: i64, ids: usize, cou
 #[pyfunction]
 fn likeliest(py: Python<'_>, logits: usize, rows: usize, width: usize, out: PyBuffer<i64>) -> PyResult<()> {
     let logits = unsafe { numbers(logits, rows * width) };
-    let found: Vec<i64> = logits.chunks_exact(width).map(|row| cpu_kernels::largest(row) as i64).collect();
+    let place = |row| cpu_kernels::place_of_largest(row) as i64;
+    let found: Vec<i64> = py.detach(|| logits.chunks_exact(width).map(place).collect());
     out.copy_from_slice(py, &found)
 }
 

@@ -129,10 +129,11 @@ class ModelRunner:
         self.attention = PagedAttention(
             self.pool, args.of_rank()[0], sizes.context_length, rounded, own_kernel=own_kernel
         )
-        whole = self.model.whole(self.attention) if own_kernel else None
-        # A head of torch's has other bits for other numbers of rows.
-        alike = rounded == 1 or not self.stage.ends or (whole is not None and whole.makes_logits)
-        self._whole = whole if alike else None
+        self._whole = self.model.whole(self.attention) if own_kernel else None
+        if rounded > 1 and self._whole is not None:
+            # Other stages may have to expect rounded numbers of rows, and of a head of torch's they change the bits.
+            alone = place.layout.pp_size == 1 and self._whole.makes_logits
+            self._whole = self._whole if alone else None
         """For most steps."""
         self._hidden = config.hidden_size
         self._threads = args.threads or max(1, usable_cores() // links.ranks_on_host)
@@ -153,6 +154,8 @@ class ModelRunner:
             # Without torch's mode, which costs 40 us when weights have driven torch's code out of the caches.
             result = self._whole(plan, before, self._wanted_threads(len(plan)), samples=self.place.samples)
             self._stored_tokens += len(plan)
+            if not plan.sampling.is_greedy:
+                self._use_threads(len(plan))  # that draw
             if self._whole.makes_logits or not self.stage.ends:
                 return result
             assert result is not None

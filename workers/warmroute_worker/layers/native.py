@@ -79,6 +79,7 @@ def rows_of(weight: torch.Tensor, first: int, ids: torch.Tensor) -> torch.Tensor
 
 def likeliest(logits: torch.Tensor) -> Int64s:
     """[rows, vocab] -> where in each row the largest number stands: the first of equal ones."""
+    assert logits.dtype == torch.float32
     rows, width = logits.shape
     found = np.empty(rows, np.int64)
     _native.likeliest(_dense(logits).data_ptr(), rows, width, found)

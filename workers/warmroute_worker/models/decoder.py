@@ -96,7 +96,8 @@ class Decoder:
         if self._stage.dp_attention or not can_sum(group) or len(native) < len(layers):
             return None
         end = None
-        if self._head is not None and isinstance(self._head.product, Matrix):
+        # All ranks find the same: a head of one row is no `Matrix`.
+        if self._head is not None and isinstance(self._head.product, Matrix) and min(self._head.widths) > 1:
             end = self._norm, self._head
         embedding = self._embedding if self._stage.embeds else None
         return WholeDecoder(native, self._hidden, embedding, self._rope, end, attention, group)

@@ -46,10 +46,12 @@ class WholeDecoder:
         self._attention = attention
         self._parts = embedding, rope, end
         """What the addresses below belong to."""
-        self._x = torch.empty((0, hidden))
+        self._room = 0
+        """Tokens that there is memory for."""
+        self._all_x = self._x = torch.empty((0, hidden))
+        self._all_logits: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
-        self._room: tuple[int, int | None] = 0, None
-        """Addresses of the two."""
+        self._addresses: tuple[int, int | None] = 0, None
         (cos, sin), table, pool = rope.tables, attention.page_table, attention.pool
         self._native = _native.Decoder(
             layers,
@@ -79,15 +81,27 @@ class WholeDecoder:
             self._make_room(len(plan), samples)
         if before is not None:
             before(self._x)
-        self._native.decode(plan.token_ids, plan.rows, plan.starts, *self._room, threads, self._group)
+        self._native.decode(plan.token_ids, plan.rows, plan.starts, *self._addresses, threads, self._group)
         return self._x if self._width is None else self._logits
 
     def _make_room(self, tokens: int, samples: bool) -> None:
-        """For what comes out. Kept from step to step: logits for many tokens would be mapped and unmapped each time."""
-        self._x = torch.empty((tokens, self._hidden))
-        wanted = self._width is not None and samples
-        self._logits = torch.empty((tokens, self._width or 0)) if wanted else None
-        self._room = self._x.data_ptr(), None if self._logits is None else self._logits.data_ptr()
+        """For what comes out. It only grows: logits of many tokens would be mapped and unmapped in every step."""
+        if tokens > self._room:
+            self._set_room(0, samples)  # before there is more
+            self._set_room(tokens, samples)
+        self._x = self._all_x[:tokens]
+        self._logits = None if self._all_logits is None else self._all_logits[:tokens]
+
+    def _set_room(self, tokens: int, samples: bool) -> None:
+        # If there is no memory, there is no room: the next step asks for it again.
+        self._room, self._x = 0, torch.empty((0, self._hidden))
+        self._all_logits = self._logits = None
+        self._all_x = torch.empty((tokens, self._hidden))
+        if self._width is not None and samples:
+            self._all_logits = torch.empty((tokens, self._width))
+        logits = None if self._all_logits is None else self._all_logits.data_ptr()
+        self._addresses = self._all_x.data_ptr(), logits
+        self._room = tokens
 
 
 def is_whole(plan: StepPlan) -> bool:

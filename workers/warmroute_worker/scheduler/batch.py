@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _INT32_MAX = 2**31 - 1
 
 
-NOTHING = range(0)
+_NOTHING = range(0)
 
 
 class Chunk(NamedTuple):
@@ -44,12 +44,12 @@ class Chunk(NamedTuple):
     def next_of(cls, request: Request, length: int) -> Chunk:
         """The next `length` pending tokens."""
         start = request.num_computed
-        tells = request.told_by(start, length) if request.untold < request.prompt_length else NOTHING
+        tells = request.told_by(start, length) if request.untold < request.prompt_length else _NOTHING
         return cls(request, start, length, length == request.num_pending, tells, request.epoch)
 
 
 class SamplingMemo:
-    """The sampling columns of the last plan, for the next one, which mostly draws for the same requests."""
+    """The sampling columns of a plan, for the next one that mostly draws for the same requests."""
 
     def __init__(self) -> None:
         self._sampled: list[Request] = []
@@ -78,7 +78,7 @@ class SamplingMemo:
 def step_plan(
     chunks: Sequence[Chunk],
     page_updates: Sequence[tuple[int, int, int]],
-    sampling: SamplingColumns = NO_SAMPLING,
+    sampling: SamplingColumns,
 ) -> StepPlan:
     """The plan that computes `chunks`. Decodes must come before prefills, as executors batch them differently."""
     tokens: list[int] = []

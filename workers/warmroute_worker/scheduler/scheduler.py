@@ -80,7 +80,8 @@ class Scheduler:
         """Oldest admission first."""
         self._free_rows = list(range(limits.max_running_requests - 1, -1, -1))
         self._ratio = NewTokenRatio(limits.schedule_conservativeness)
-        self._sampling = SamplingMemo()
+        self._sampling = deque(SamplingMemo() for _ in range(limits.depth))
+        """Plans that are under way at the same time are of different requests; the first is next."""
         self._under_way: deque[list[Chunk]] = deque()
         """What the plans compute whose tokens have not come, the oldest first."""
         self._page_updates: list[tuple[int, int, int]] = []
@@ -181,7 +182,8 @@ class Scheduler:
             self._grow()
             self._admit(now)
             chunks = self._next_chunks()
-        plan = step_plan(chunks, self._page_updates if chunks else [], self._sampling.of(chunks))
+        plan = step_plan(chunks, self._page_updates if chunks else [], self._sampling[0].of(chunks))
+        self._sampling.rotate(-1)
         for request, start, length, *_ in chunks:
             request.num_computed = start + length
         if chunks:
