@@ -350,7 +350,7 @@ def test_a_client_seed_is_the_seed_and_others_differ() -> None:
 
 
 def test_overhead_per_step_at_64_running() -> None:
-    """Not a benchmark, a guard against something quadratic: 0.3 ms measured, the bound is for a busy machine."""
+    """No benchmark but a guard against something quadratic: 0.15 ms measured, the bound is for a busy machine."""
     run = Run(num_pages=4000, context_length=1000, max_running_requests=64, chunked_prefill_size=-1)
     for n in range(64):
         run.scheduler.add(generate(f"r{n}", 20, new=400, start=n, ignore_eos=True))
