@@ -32,3 +32,13 @@ def test_router_bench_runs(tmp_path: Path) -> None:
         assert cell["failed"] == 0
         assert max(cell["cpu_saturated"], cell["cpu_paced"]) > 0
         assert cell["per_second"] > 0
+
+
+def test_scheduler_bench_runs() -> None:
+    command = (sys.executable, "-m", "bench.bench_scheduler", "--running", "1", "3", "--steps", "20", "--rounds", "1")
+    bench = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert bench.returncode == 0, bench.stderr
+    table = [line.split() for line in bench.stdout.splitlines()[1:]]
+    assert [row[:2] for row in table] == [["1", "running"], ["3", "running"]]
+    for *_, plan, tokens, together in table:
+        assert abs(float(plan) + float(tokens) - float(together)) < 0.2

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PROMPTS = [[(7 * n + 3 * k * k + k) % VOCAB_SIZE for k in range(length)] for n, length in enumerate((1, 9, 33, 70))]
 NEW = 6
+IN_ONE_CALL = pytest.mark.skipif(
+    not native.Matrix.usable, reason="without AVX2 steps are computed operation by operation"
+)
 
 
 class Recorded:
@@ -90,7 +93,7 @@ def test_without_the_flag_bits_do_depend_on_company(tmp_path: Path) -> None:
     assert differing(tmp_path) > 20
 
 
-@pytest.mark.skipif(not native.Matrix.usable, reason="steps are computed operation by operation on this CPU")
+@IN_ONE_CALL
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 def test_a_step_in_one_call_has_the_bits_of_its_operations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
@@ -115,7 +118,7 @@ def test_a_step_in_one_call_has_the_bits_of_its_operations(
     assert all(torch.equal(row, single[key]) for key, row in whole.items())
 
 
-@pytest.mark.skipif(not native.Matrix.usable, reason="steps are computed operation by operation on this CPU")
+@IN_ONE_CALL
 def test_without_memory_for_more_logits_a_step_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(tmp_path, "Llama")
     everybody = {str(n): prompt for n, prompt in enumerate(PROMPTS)}

@@ -92,12 +92,12 @@ class Rank:
         links = self._links
         waited = links.comm_ns
         mode = plan.record.mode
-        self._steps += 1
         with self._traced(plan) if self.trace else _NO_TRACE:
             result = self.runner.forward(plan, None if self.place.is_first_stage else links.take)
         if not self.place.is_last_stage:
             assert result is not None
             links.hand_on(result)
+        self._steps += 1
         # Of an idle plan nobody expects tokens.
         drawn = self._draw(plan, result) if self.place.samples and mode else None
         self.runner.stepped()
@@ -109,7 +109,7 @@ class Rank:
 
     def _traced(self, plan: StepPlan) -> contextlib.AbstractContextManager[object]:
         mode = _MODES[plan.record.mode]
-        return torch.profiler.record_function(f"step {self._steps - 1}: {mode} of {len(plan.token_ids)} tokens")
+        return torch.profiler.record_function(f"step {self._steps}: {mode} of {len(plan.token_ids)} tokens")
 
     def obey(self, order: bytes) -> str:
         """What is no step: begin or end a trace, count experts. A line for the user. Raises OSError, ValueError."""

@@ -30,6 +30,7 @@ from warmroute_worker.models.whole_decoder import WholeDecoder, can_sum, native_
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from warmroute_worker import _native
     from warmroute_worker.comm.step_rows import StepRows
     from warmroute_worker.layers.attention import AttentionBatch, PagedAttention
     from warmroute_worker.model_config import ModelConfig
@@ -93,7 +94,7 @@ class Decoder:
         """All of it as one call for steps in which every token decodes; None: there is something that it cannot do."""
         layers, group = [layer.native for layer in self.layers], self._stage.groups.stage
         native = [layer for layer in layers if layer is not None]
-        if self._stage.dp_attention or not can_sum(group) or len(native) < len(layers):
+        if not can_sum(group) or len(native) < len(layers):
             return None
         end = None
         # All ranks find the same: a head of one row is no `Matrix`.
@@ -165,7 +166,9 @@ class DecoderLayer:
         else:
             self.mlp = MixtureOfExperts(source, f"{name}.{moe.module}", hidden, moe, group, stage.experts, number)
         self.sends = isinstance(self.mlp, MixtureOfExperts) and self.mlp.sends
-        self.native = native_layer(self._attention_norm, self._attention, self._mlp_norm, self.mlp)
+        self.native: _native.Layer | None = None
+        if not stage.dp_attention:
+            self.native = native_layer(self._attention_norm, self._attention, self._mlp_norm, self.mlp)
 
     def __call__(
         self,
