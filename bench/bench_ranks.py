@@ -1,7 +1,8 @@
 """What several ranks are worth: the same engine steps, without HTTP, by layout.
 
 `python -m bench.bench_ranks [--hidden 512 --layers 8 --batch 1 8 --turns 40]`. The engines stand side by side and take
-short turns, A B C, C B A. One rank is measured with one thread and with two and stands for its better one.
+short turns, A B C, C B A. One rank is measured with one thread and with two and stands for its better one. `step by
+step`: with `--num-continuous-decode-steps 1`.
 
 With one sequence, no ratio can be far above that of the speeds at which two cores and one read memory, which is
 measured before every turn (`bench.memory_speed` says why it changes).
@@ -31,6 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "1 rank, 1 thread": {"threads": 1},
     "1 rank, 2 threads": {"threads": 2},
     "tp 2": {"tp_size": 2, "threads": 1},
+    "1 rank, step by step": {"threads": 1, "num_continuous_decode_steps": 1},
+    "tp 2, step by step": {"tp_size": 2, "threads": 1, "num_continuous_decode_steps": 1},
     "tp 2 over gloo": {"tp_size": 2, "threads": 1, "disable_custom_all_reduce": True},
     "pp 2": {"pp_size": 2, "threads": 1},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,21 @@ class ToyExecutor:
         self.page_table = np.zeros((num_rows, -(-context_length // PAGE)), int)
         self.computed = 0
 
-    def execute(self, plan: StepPlan) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def execute(self, plan: StepPlan, most: int = 100) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """`most`: of the steps that may follow, so many are done."""
         for row, index, page in plan.page_updates:
             self.page_table[row, index] = page
+        drawn, told = self._step(plan)
+        new = drawn
+        for place in range(1, 1 + min(plan.more, most)):
+            if not set(plan.stop_ids.tolist()).isdisjoint(new):
+                break
+            starts = (plan.starts + place).astype(np.int32)
+            new, _ = self._step(dataclasses.replace(plan, starts=starts, token_ids=np.array(new, np.int64)))
+            drawn = drawn + new
+        return drawn, told
+
+    def _step(self, plan: StepPlan) -> tuple[list[int], dict[int, TokenLogprobs]]:
         sampled: list[int] = []
         offset = 0
         tokens_before: list[list[int]] = []
@@ -102,16 +115,17 @@ class Run:
     def room(self) -> int:
         return min(self.limits.context_length, self.cache.num_pages * PAGE)
 
-    def step(self) -> StepPlan:
-        """As the engine does it; a plan runs as late as it may, which is when its tokens are wanted."""
+    def step(self, steps: int = 1, most: int = 100) -> StepPlan:
+        """As the engine does it; a plan runs as late as it may, which is when its tokens are wanted. `steps` may go in
+        one plan, of which `most` and the first are done."""
         while len(self.under_way) < self.limits.depth:
-            plan = self.scheduler.schedule()
+            plan = self.scheduler.schedule(steps=steps if self.limits.depth == 1 else 1)
             if not len(plan) and self.under_way:
                 self.scheduler.withdraw()
                 break
             self.under_way.append(plan)
         plan = self.under_way.popleft()
-        for row in self.scheduler.apply(*self.executor.execute(plan)).rows:
+        for row in self.scheduler.apply(*self.executor.execute(plan, most)).rows:
             self.rows.setdefault(row.rid, []).append(row)
         self.scheduler.check_integrity()
         self.plans.append(plan)

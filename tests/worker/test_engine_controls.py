@@ -31,7 +31,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 @pytest.mark.parametrize("retract", [False, True], ids=["in place", "retract"])
 @pytest.mark.parametrize("pp", [1, 2])
 def test_a_pause_changes_no_token(llama: Reference, retract: bool, pp: int) -> None:
-    with ranks(llama.folder, 1, pp) as (engine, _):
+    with ranks(llama.folder, 1, pp, num_continuous_decode_steps=2) as (engine, _):
         for n, prompt in enumerate(llama.prompts):
             engine.scheduler.add(Generate(str(n), prompt, 32, sampling=GREEDY))
         said: dict[str, list[int]] = {}

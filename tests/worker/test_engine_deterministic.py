@@ -34,7 +34,8 @@ class Recorded:
     """An engine, and the logits of every token it drew, by request and place."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
-        self.engine: Engine = load_engine(folder, **changes)
+        # One step after the other, or nobody sees the logits.
+        self.engine: Engine = load_engine(folder, num_continuous_decode_steps=1, **changes)
         self.logits: dict[tuple[str, int], torch.Tensor] = {}
         executor = self.engine.executor
         assert isinstance(executor, RankExecutor)

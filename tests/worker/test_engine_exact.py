@@ -30,7 +30,7 @@ from warmroute_worker.scheduler.batch import step_plan
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from warmroute_worker.step_plan import SamplingColumns, StepPlan
+    from warmroute_worker.step_plan import StepPlan
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -301,8 +301,8 @@ def _stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
 def _stale_page_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The executor is not told of the pages that decoding sequences get."""
 
-    def forgetful(chunks: Any, updates: Any, sampling: SamplingColumns) -> StepPlan:
-        return step_plan(chunks, [update for update in updates if update[1] < 1], sampling)
+    def forgetful(chunks: Any, updates: Any, *others: Any) -> StepPlan:
+        return step_plan(chunks, [update for update in updates if update[1] < 1], *others)
 
     monkeypatch.setattr("warmroute_worker.scheduler.scheduler.step_plan", forgetful)
 

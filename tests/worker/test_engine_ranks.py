@@ -356,7 +356,7 @@ def test_collectives_move_what_the_closed_form_says(llama: Reference, tp: int, m
     """Per token two sums per layer and one for the embedding, each of the hidden size; per sampled row a share of the
     vocabulary. And the bytes written into slots are these, not a counter's fancy."""
     monkeypatch.setenv("SGLANG_USE_1STAGE_ALLREDUCE", "1")  # in two stages sums are written, too
-    with ranks(llama.folder, tp, 1, _one_stage) as (engine, region):
+    with ranks(llama.folder, tp, 1, _one_stage, num_continuous_decode_steps=1) as (engine, region):
         before = [region.status(rank) for rank in range(tp)]
         greedy(engine, llama.prompts)
         # The driver may have its tokens before the others have put down what they did.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
+from typing import Any
 
 import pytest
 
 from tests.worker.scheduler_fixtures import PAGE, VOCAB, Run, check_told, expected_answer, generate
 from warmroute_worker.messages import Generate, Sampling, Times
+from warmroute_worker.scheduler.pace import Pace
+
+GREEDY = Sampling(temperature=0)
 
 
-@pytest.mark.parametrize(("seed", "operations"), [*((seed, 1000) for seed in range(16)), (17, 10_000)])
+@pytest.mark.parametrize(("seed", "operations"), [*((seed, 1000) for seed in range(16)), (17, 10_000), (20, 10_000)])
 def test_thousands_of_random_operations(seed: int, operations: int) -> None:
     """Common prefixes, aborts in every state, pools that are too small: each answer is that of the model."""
     draw = random.Random(seed)
@@ -23,6 +28,7 @@ def test_thousands_of_random_operations(seed: int, operations: int) -> None:
     )
     sent: dict[str, Generate] = {}
     aborted: set[str] = set()
+    went_on = 0
     stems = [[draw.randrange(VOCAB) for _ in range(24)] for _ in range(3)]
     for operation in range(operations):
         choice = draw.random()
@@ -37,7 +43,7 @@ def test_thousands_of_random_operations(seed: int, operations: int) -> None:
                 stop_token_ids=[draw.randrange(VOCAB)] if draw.random() < 0.3 else [],
                 sampling=Sampling(logprobs=1, prompt_logprobs_from=draw.randrange(1, len(prompt) + 2))
                 if draw.random() < 0.3
-                else Sampling(),
+                else Sampling(temperature=draw.choice([0, 0, 0, 1])),
             )
             sent[message.rid] = message
             run.scheduler.add(message)
@@ -52,8 +58,9 @@ def test_thousands_of_random_operations(seed: int, operations: int) -> None:
             run.scheduler.flush(operation)
             run.scheduler.check_integrity()
         else:
-            run.step()
+            went_on += run.step(draw.choice([1, 2, 8]), draw.randrange(8)).more > 0
     run.finish(20_000)
+    assert (went_on > operations / 100) is (run.limits.depth == 1), "steps follow each other"
 
     assert run.rows.keys() == sent.keys(), "everybody is answered"
     for rid, message in sent.items():
@@ -479,3 +486,83 @@ def test_steps_that_never_fit_are_refused_in_the_end() -> None:
     assert (row.finish_reason, row.error) == ("error", "the step ran out of memory: really")
     assert run.scheduler.is_idle
     assert run.cache.num_available == run.cache.num_pages
+
+
+def test_decode_steps_follow_each_other_until_something_must_be_decided() -> None:
+    run = Run()
+    run.scheduler.add(generate("a", 5, 12, ignore_eos=True, sampling=GREEDY))
+    assert run.step(8).more == 0, "the first token goes out at once"
+    assert run.step(8).more == 7
+    assert len(run.rows["a"][-1].token_ids) == 8
+    assert run.step(8).more == 2, "it ends there"
+    assert run.scheduler.is_idle
+    load = run.scheduler.load()
+    assert (load.decode_passes_total, load.decoded_tokens_total, load.generation_tokens_total) == (11, 11, 12)
+    assert run.answer("a") == expected_answer(generate("a", 5, 12, ignore_eos=True), run.room)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sampling": Sampling(temperature=1)},
+        {"sampling": Sampling(temperature=0, logprobs=0)},
+        {"sampling": Sampling(temperature=0, frequency_penalty=0.5)},
+        {"sampling": Sampling(temperature=0, logit_bias=((3, 1.0),))},
+        {"sampling": Sampling(temperature=0, min_new_tokens=3)},
+    ],
+)
+def test_steps_go_one_by_one_where_tokens_are_drawn_with_care(other: dict[str, Any]) -> None:
+    run = Run()
+    run.scheduler.add(generate("a", 5, 12, ignore_eos=True, sampling=GREEDY))
+    run.step(8)
+    run.scheduler.add(generate("b", 5, 4, start=9, ignore_eos=True, **other))
+    run.step(8)
+    for _ in range(3):
+        assert run.step(8).more == 0
+    assert "b" not in run.scheduler._requests
+    assert run.step(8).more > 0
+
+
+def test_nothing_follows_a_step_with_a_prompt() -> None:
+    run = Run(chunked_prefill_size=4)
+    run.scheduler.add(generate("a", 2, 40, ignore_eos=True, sampling=GREEDY))
+    run.step(8)
+    run.scheduler.add(generate("b", 12, 40, start=9, ignore_eos=True, sampling=GREEDY))
+    assert [run.step(8).more for _ in range(4)] == [0, 0, 0, 7]
+
+
+def test_steps_that_may_never_be_take_no_page_that_somebody_needs() -> None:
+    """Two requests, each with all of its pages but one full: of the four pages left, two are their next ones."""
+    run = Run(num_pages=8, chunked_prefill_size=-1, schedule_conservativeness=0.01)
+    for rid in ("a", "b"):
+        run.scheduler.add(generate(rid, 8, 20, start=ord(rid), ignore_eos=True, sampling=GREEDY))
+    run.step(8)
+    plan = run.step(8)
+    assert run.scheduler.retractions_total == 0
+    assert run.cache.num_available == 2
+    assert plan.more == 3, "to the end of the pages that their next tokens need anyway"
+    run.finish()
+    assert all(run.answer(rid)[1] == "length" for rid in ("a", "b"))
+
+
+def test_a_token_that_ends_a_request_ends_the_steps() -> None:
+    message = generate("a", 5, 40, ignore_eos=True, sampling=GREEDY)
+    answer, _ = expected_answer(message, 80)
+    stop = answer[4]
+    run = Run()
+    run.scheduler.add(dataclasses.replace(message, stop_token_ids=[stop]))
+    run.step(8)
+    plan = run.step(8)
+    assert plan.stop_ids.tolist() == [stop]
+    assert run.answer("a") == (answer[: answer.index(stop) + 1], "stop")
+    assert run.cache.num_available == run.cache.num_pages
+
+
+@pytest.mark.parametrize(("fixed", "steps"), [(None, [1, 8, 2, 1, 3]), (4, [4, 4, 4, 4, 4])])
+def test_as_many_steps_as_their_tokens_may_come_together(fixed: int | None, steps: list[int]) -> None:
+    pace = Pace(fixed)
+    found = [pace.steps]
+    for seconds, done in ((0.0005, 1), (0.04, 8), (0.05, 2), (0.003, 1)):
+        pace.took(seconds, done)
+        found.append(pace.steps)
+    assert found == steps

@@ -153,6 +153,8 @@ def test_a_plan_arrives_as_it_was_sent(sequences: int, changes: int, updates: in
         told=NOTHING_TOLD if decodes else ToldColumns(*(numbers(updates, np.int64) for _ in range(3))),
         everybody=numbers(8 * others, np.int64).reshape(-1, 8),
     )
+    if decodes and not others:
+        plan = replace(plan, more=updates, stop_ids=numbers(changes, np.int64))
     assert decodes <= (plan.logit_rows is None)
     _check_same(step_plan_wire.decode(step_plan_wire.encode(plan)), plan)
     _check_same(step_plan_wire.decode(step_plan_wire.encode(plan), draws=False), replace(plan, sampling=NO_SAMPLING))

@@ -52,6 +52,7 @@ def test_defaults_and_every_field_has_a_flag() -> None:
         attention_backend="triton",
         kv_events_config='{"publisher": "zmq"}',
         disable_cuda_graph=True,
+        num_continuous_decode_steps=3,
         dp_size=2,
         enable_dp_attention=True,
         enable_dp_lm_head=True,

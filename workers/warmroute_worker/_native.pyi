@@ -192,6 +192,22 @@ class Decoder:
         it. `out`: [tokens, logits of all ranks], where they are made and wanted. `group`: adds up what the ranks have.
         Raises CollectiveError, ValueError."""
 
+    def decode_on(
+        self,
+        ids: object,
+        rows: object,
+        starts: object,
+        stop_ids: object,
+        steps: int,
+        x: int,
+        threads: int,
+        group: Group | None,
+        messages: int | None,
+    ) -> list[int]:
+        """`steps` such steps, each with the likeliest tokens of the one before; fewer if one of these is among
+        `stop_ids` (an int64 array), or there is something to read at the descriptor `messages`, which one rank may
+        have. The tokens of all steps, one step behind the other. Only where this embeds and makes logits."""
+
 def products_are_fast() -> bool:
     """Whether this CPU has what `Matrix` is made for."""
 

@@ -59,6 +59,8 @@ class WorkerArgs:
     """Scales the share of future tokens that is kept free when a request is admitted; larger: fewer retractions."""
     chunked_prefill_size: int = 2048
     """Prompt tokens computed per step at most; -1: whole prompts."""
+    num_continuous_decode_steps: int | None = None
+    """Decode steps that may follow each other without the scheduler; None: up to 8, as long as they take 10 ms."""
     context_length: int | None = None
     """None: what the model's config.json says."""
     random_seed: int = 0
@@ -342,6 +344,7 @@ _AT_LEAST_ONE = (
     "page_size",
     "max_total_tokens",
     "max_running_requests",
+    "num_continuous_decode_steps",
     "context_length",
     "threads",
     "tp_size",

@@ -105,6 +105,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         ("--max-queued-requests", int, "requests that may wait before new ones get 503; None: no limit"),
         ("--schedule-conservativeness", float, "more than 1: keep more of the pool free, retract less"),
         ("--chunked-prefill-size", int, "prompt tokens per step at most; -1: whole prompts"),
+        ("--num-continuous-decode-steps", int, "greedy decode steps in one go; None: up to 8, within 10 ms"),
         ("--context-length", int, "tokens per request at most; None: the model's own limit"),
         ("--random-seed", int, "seed of sampling and of dummy weights"),
         ("--threads", int, "torch threads of a rank; None: the cores there are, divided among the ranks"),

@@ -70,6 +70,9 @@ class Link:
             timeout = 0 if messages else timeout
         return messages
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def send(self, message: Message) -> bool:
         """False: the other end is closed."""
         try:
@@ -103,6 +106,7 @@ def serve(link: Link, engine: Engine, links: RankLinks) -> int:
     """Take what has arrived, compute one step, say what it brought; until the other end is gone or says Shutdown."""
     pauses: list[Pause] = []
     leaving = False
+    engine.heed(link.fileno())
     while True:
         messages = link.receive(wait=not engine.must_step)
         links.beat()

@@ -15,7 +15,9 @@ from warmroute_worker.kv.cache import KvCache
 from warmroute_worker.kv.events import CacheEvents
 from warmroute_worker.lock_step import LockStep
 from warmroute_worker.messages import Ready
+from warmroute_worker.scheduler.pace import Pace
 from warmroute_worker.scheduler.scheduler import Limits, Scheduler
+from warmroute_worker.step_plan import DECODE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +67,14 @@ class Engine:
             depth=facts.depth,
         )
         self._depth, self._under_way = facts.depth, 0
+        wanted = args.num_continuous_decode_steps
+        self._pace = Pace(wanted) if facts.goes_on and wanted != 1 else None
+        if wanted is not None and self._pace is None and wanted > 1:
+            log.warning(
+                "--num-continuous-decode-steps %d: steps go one by one, because only those of dense models in float32 "
+                "on a CPU, without pipeline stages and DP attention, can follow each other",
+                wanted,
+            )
         self.lock_step = LockStep(executor) if args.layout.dp_attention else None
         self._cut_from = args.tbo_token_distribution_threshold if args.cuts_steps else None
         self._failures = 0
@@ -104,8 +114,10 @@ class Engine:
 
         With several stages, as many plans are under way as there are stages, and the oldest is waited for.
         """
+        began = self._clock()
+        steps = 1 if self._pace is None else self._pace.steps
         while self._under_way < self._depth:
-            plan = self.scheduler.schedule(hold=self.is_paused, now=self._clock())
+            plan = self.scheduler.schedule(hold=self.is_paused, now=self._clock(), steps=steps)
             if self._cut_from is not None:
                 plan = dataclasses.replace(plan, first_half=two_batches.first_half(plan, self._cut_from))
             if self.lock_step is not None:
@@ -123,7 +135,19 @@ class Engine:
             if idle:
                 # Another round would find the same, and keep those awake who go in step.
                 break
-        return self._collect()
+        drawn = self.executor.collect()
+        self._under_way -= 1
+        now = self._clock()
+        if self._pace is not None and plan.record.mode == DECODE:  # one plan at a time, so it is this one's
+            self._pace.took(now - began, len(drawn[0]) // len(plan))
+        output = self.scheduler.apply(*drawn, now=now)
+        if self.is_idle:
+            self.cache.check_balance()
+        return output
+
+    def heed(self, descriptor: int) -> None:
+        """Steps that follow each other do so only until there is something to read there."""
+        self.executor.heed(descriptor)
 
     @property
     def must_step(self) -> bool:
@@ -144,14 +168,6 @@ class Engine:
     def count_experts(self, order: str) -> tuple[bool, str]:
         """`start experts`, `stop experts` or `dump experts:FOLDER`; as `profile`."""
         return self.executor.order(order)
-
-    def _collect(self) -> StepOutput:
-        drawn = self.executor.collect()
-        self._under_way -= 1
-        output = self.scheduler.apply(*drawn, now=self._clock())
-        if self.is_idle:
-            self.cache.check_balance()
-        return output
 
     def _step_failed(self, error: StepOutOfMemoryError) -> StepOutput:
         """Those it computed wait again, and prefill chunks are halved; when that does not help, they are refused."""

@@ -107,6 +107,7 @@ class SamplingColumns:
 
 
 _NOBODY = np.empty((0, RECORD_NUMBERS), np.int64)
+NO_IDS = np.empty(0, np.int64)
 
 NO_SAMPLING = SamplingColumns(
     temperatures=np.empty(0, np.float32),
@@ -137,6 +138,11 @@ class StepPlan:
     page_updates: Int32s
     """[n, 3]: row, index, page; to be written into the page table in this order, before the step."""
     told: ToldColumns = NOTHING_TOLD
+    more: int = 0
+    """Decode steps that may follow at once, each of the tokens that the one before has brought. There are pages for
+    them. An executor may do fewer."""
+    stop_ids: Int64s = field(default_factory=lambda: NO_IDS)
+    """After a step that brings one of these none follows."""
     first_half: int = 0
     """See `Record`."""
     everybody: Int64s = field(default_factory=lambda: _NOBODY)

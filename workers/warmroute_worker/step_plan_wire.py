@@ -24,6 +24,7 @@ def encode(plan: StepPlan) -> bytes:
     """What `decode` reads. Its first eight bytes are a number: of tokens, or negative."""
     if plan.logit_rows is None and not len(plan.everybody) and not plan.first_half:
         return _encoded_decodes(plan) + _encoded_sampling(plan.sampling)
+    assert not plan.more, "only steps in which everybody decodes go on"
     columns: dict[str, npt.NDArray[Any]] = vars(plan) | {
         "first_half": np.array([plan.first_half], np.int64),
         **{f"told_{part}": getattr(plan.told, part) for part in _TOLD},
@@ -47,34 +48,37 @@ def decode(data: bytes, *, draws: bool = True) -> StepPlan:
     return StepPlan(**columns, sampling=_sampling(buffer, end) if draws else NO_SAMPLING)
 
 
-_HEAD = struct.Struct("<qq")
-"""-1 - sequences, page updates."""
+_HEAD = struct.Struct("<qqqq")
+"""-1 - sequences, page updates, steps that may follow, ids that end them."""
 
 
 def _encoded_decodes(plan: StepPlan) -> bytes:
     """Most plans: one token of each sequence, and one for each. Who follows reads it in half the time: the driver waits
     for that."""
-    count, updates = len(plan), len(plan.page_updates)
-    columns = plan.token_ids, plan.rows, plan.starts, plan.page_updates
-    data = b"".join([_HEAD.pack(-1 - count, updates), *(column.tobytes() for column in columns)])
+    head = _HEAD.pack(-1 - len(plan), len(plan.page_updates), plan.more, len(plan.stop_ids))
+    columns = plan.token_ids, plan.stop_ids, plan.rows, plan.starts, plan.page_updates
+    data = b"".join([head, *(column.tobytes() for column in columns)])
     return data + bytes(-len(data) % 8)
 
 
 def _decoded_decodes(buffer: bytearray, *, draws: bool) -> StepPlan:
-    first, updates = _HEAD.unpack_from(buffer)
+    first, updates, more, stops = _HEAD.unpack_from(buffer)
     count = -1 - first
-    at = _HEAD.size + 8 * count
+    at = _HEAD.size + 8 * (count + stops)
     numbers = 2 * count + 3 * updates
+    ids = np.frombuffer(buffer, np.int64, count + stops, _HEAD.size)
     columns = np.frombuffer(buffer, np.int32, numbers, at)
     end = at + 4 * numbers
     plan = StepPlan(
         rows=columns[:count],
         starts=columns[count : 2 * count],
         lengths=_ones(count),
-        token_ids=np.frombuffer(buffer, np.int64, count, _HEAD.size),
+        token_ids=ids[:count],
         sampled=_all(count),
         sampling=_sampling(buffer, end + -end % 8) if draws else NO_SAMPLING,
         page_updates=columns[2 * count :].reshape(-1, 3),
+        more=more,
+        stop_ids=ids[count:],
     )
     vars(plan)["logit_rows"] = None  # it need not be found out again
     return plan

@@ -17,14 +17,6 @@ const PANEL: usize = 4 * LANES;
 /// added up, which is more exact than one long chain of additions.
 const PIECE: usize = 512;
 
-/// How far before they are used weights are asked for, in bytes. Products of 8 rows with 95 MB of weights take up to a tenth less time so.
-///
-/// What is used once in a step goes past the larger caches, where otherwise every step would drive out all that the engine's own code
-/// and data have there: with 95 MB of weights scheduling, drawing and what else lies between two steps of layers took three to five
-/// times as long as with hardly any (62 us instead of 20, 80 instead of 16). One rank's step of hidden 512 x 8 layers 3.52 ms without
-/// and 3.19 ms with it, on a busy machine (medians of `p5`s).
-const BEFORE: usize = 6 << 10;
-
 /// A matrix in the order that [`Matrix::multiply`] reads it in, and what its sums begin with.
 pub struct Matrix {
     outputs: usize,
@@ -259,11 +251,8 @@ fn add<F: Fuse, W: Weight, const ROWS: usize, const BLOCKS: usize, const FIRST: 
     let blocks = piece.as_chunks::<LANES>().0;
     for (input, weights) in (0..inputs).zip(blocks.chunks_exact(width / LANES)) {
         let weights = weights[column / LANES..].first_chunk::<BLOCKS>().expect("a panel is wide enough");
-        if FIRST && ROWS == 1 {
-            // It is the only row.
-            prefetch_later::<_, true>(weights, BEFORE);
-        } else if FIRST {
-            prefetch_later::<_, false>(weights, BEFORE);
+        if FIRST {
+            prefetch_later(weights, W::BEFORE);
         }
         // Not by `map`: a function that is handed over does not become part of this edition, and is not inlined then.
         let mut blocks = [F::Block::zero(); BLOCKS];

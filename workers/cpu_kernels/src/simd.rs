@@ -127,22 +127,17 @@ pub(crate) const LANES: usize = 16;
 /// Bytes of a line of the cache.
 pub(crate) const LINE: usize = 64;
 
-/// Asks for as many bytes as `numbers` have, which begin `distance` bytes behind them. `ONCE`: for one use, so they are not kept in the
-/// larger caches.
+/// Asks for as many bytes as `numbers` have, which begin `distance` bytes behind them.
 #[inline(always)]
-pub(crate) fn prefetch_later<T, const ONCE: bool>(numbers: &[T], distance: usize) {
+pub(crate) fn prefetch_later<T>(numbers: &[T], distance: usize) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..size_of_val(numbers)).step_by(LINE) {
         let line = numbers.as_ptr().wrapping_byte_add(distance + line).cast();
         #[allow(unsafe_code, reason = "a hint, which does nothing where there is no memory")]
         // SAFETY: as below.
         unsafe {
-            use std::arch::x86_64::{_MM_HINT_NTA, _MM_HINT_T1, _mm_prefetch};
-            if ONCE {
-                _mm_prefetch::<_MM_HINT_NTA>(line);
-            } else {
-                _mm_prefetch::<_MM_HINT_T1>(line);
-            }
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T1>(line);
         }
     }
     #[cfg(not(target_arch = "x86_64"))]

@@ -2,15 +2,18 @@
 #![allow(unsafe_code, reason = "memory of tensors, by address")]
 #![allow(clippy::too_many_arguments, reason = "a model takes what it takes")]
 
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
-use cpu_kernels::{Ahead, Bfloat16, Decoder, Layer, Matrix, Memory, Places, Tokens, add_and_norm, rows_of};
+use cpu_kernels::{Ahead, Bfloat16, Decoder, Layer, Matrix, Memory, Places, Tokens, rows_of};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use rank_comm::{CommError, Dtype, Group, Op};
+use rank_comm::{CommError, Dtype, Group};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::comm::{PyGroup, raised};
+use crate::end::{End, bytes_of};
 use crate::memory::{numbers, numbers_mut};
 
 // SAFETY, of all here: the caller's tensors are float32 unless it says so, contiguous, live as long as what was made of their addresses, and
@@ -86,15 +89,6 @@ struct Embedding {
     bfloat16: bool,
 }
 
-/// Where vectors become logits.
-struct End {
-    norm: Vec<f32>,
-    eps: f32,
-    head: Arc<Matrix>,
-    /// Logits that each rank makes.
-    widths: Vec<usize>,
-}
-
 /// Of the norm its weight and epsilon, the head, and the logits that each rank makes.
 type PyEnd<'py> = (Vec<f32>, f32, PyRef<'py, PyMatrix>, Vec<usize>);
 
@@ -113,6 +107,8 @@ pub(crate) struct PyDecoder {
     places: Places,
     /// The vectors behind the last norm, then this rank's logits, then everybody's.
     scratch: [Vec<f32>; 3],
+    /// What this rank, then what everybody says of the likeliest tokens.
+    said: [Vec<u64>; 2],
 }
 
 #[pymethods]
@@ -140,6 +136,7 @@ impl PyDecoder {
             pool,
             places: Places::default(),
             scratch: Default::default(),
+            said: Default::default(),
         }
     }
 
@@ -163,15 +160,104 @@ impl PyDecoder {
         py.detach(|| self.decode_tokens(&ids, Tokens { rows: &rows, starts: &starts }, x, out, threads, group))
             .map_err(raised)
     }
+
+    #[pyo3(signature = (ids, rows, starts, stop_ids, steps, x, threads, group, messages))]
+    fn decode_on(
+        &mut self,
+        py: Python<'_>,
+        ids: PyBuffer<i64>,
+        rows: PyBuffer<i32>,
+        starts: PyBuffer<i32>,
+        stop_ids: PyBuffer<i64>,
+        steps: usize,
+        x: usize,
+        threads: usize,
+        mut group: Option<PyRefMut<'_, PyGroup>>,
+        messages: Option<RawFd>,
+    ) -> PyResult<Vec<i64>> {
+        let (ids, rows, starts) = (ids.to_vec(py)?, rows.to_vec(py)?, starts.to_vec(py)?);
+        if ids.len() != rows.len() || ids.len() != starts.len() || self.embedding.is_none() || self.end.is_none() {
+            return Err(PyValueError::new_err("there is one token of each sequence, and all of the model is here"));
+        }
+        let run = Run { stop_ids: stop_ids.to_vec(py)?, steps, messages };
+        let group = group.as_mut().map(|group| &mut group.0);
+        py.detach(|| self.decode_steps(ids, &rows, starts, &run, x, threads, group)).map_err(raised)
+    }
+}
+
+/// How far steps go on without being told to.
+struct Run {
+    /// A token among these ends it.
+    stop_ids: Vec<i64>,
+    /// So many at most.
+    steps: usize,
+    /// Something to be read there ends it, too: somebody new waits, or wants no more. Only one rank has it.
+    messages: Option<RawFd>,
+}
+
+impl Run {
+    fn is_interrupted(&self) -> bool {
+        self.messages.is_some_and(|fd| {
+            // SAFETY: the caller keeps it open during the call.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+            poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+        })
+    }
 }
 
 impl PyDecoder {
+    /// Step after step, each with the likeliest tokens of the one before. The tokens of all, one step behind the other.
+    fn decode_steps(
+        &mut self,
+        mut ids: Vec<i64>,
+        rows: &[i32],
+        mut starts: Vec<i32>,
+        run: &Run,
+        x: usize,
+        threads: usize,
+        mut group: Option<&mut Group>,
+    ) -> Result<Vec<i64>, CommError> {
+        let count = ids.len();
+        let mut drawn = Vec::with_capacity(run.steps * count);
+        loop {
+            self.run_layers(&ids, Tokens { rows, starts: &starts }, x, threads, group.as_deref_mut())?;
+            let x = unsafe { numbers_mut(x, count * self.hidden) };
+            let end = self.end.as_ref().expect("looked at before");
+            let more = drawn.len() + count < run.steps * count && !run.is_interrupted();
+            let (scratch, said) = (&mut self.scratch, &mut self.said);
+            let more = end.likeliest(x, &mut ids, more, threads, scratch, said, group.as_deref_mut())?;
+            drawn.extend_from_slice(&ids);
+            if !more || ids.iter().any(|id| run.stop_ids.contains(id)) {
+                return Ok(drawn);
+            }
+            starts.iter_mut().for_each(|start| *start += 1);
+        }
+    }
+
     fn decode_tokens(
         &mut self,
         ids: &[i64],
         tokens: Tokens<'_>,
         x: usize,
         out: Option<usize>,
+        threads: usize,
+        mut group: Option<&mut Group>,
+    ) -> Result<(), CommError> {
+        self.run_layers(ids, tokens, x, threads, group.as_deref_mut())?;
+        let Some(end) = &self.end else { return Ok(()) };
+        let x = unsafe { numbers_mut(x, ids.len() * self.hidden) };
+        let count = ids.len() * end.widths.iter().sum::<usize>();
+        let out = out.map(|out| unsafe { numbers_mut(out, count) });
+        end.logits(x, ids.len(), out, threads, &mut self.scratch, group)
+    }
+
+    /// What stands in front of the layers, and those.
+    fn run_layers(
+        &mut self,
+        ids: &[i64],
+        tokens: Tokens<'_>,
+        x: usize,
         threads: usize,
         mut group: Option<&mut Group>,
     ) -> Result<(), CommError> {
@@ -195,11 +281,7 @@ impl PyDecoder {
                 pool: numbers_mut(self.pool.0, self.pool.1),
             }
         };
-        self.decoder.decode(x, tokens, &mut memory, &mut self.places, threads, &mut sum)?;
-        let Some(end) = &self.end else { return Ok(()) };
-        let count = ids.len() * end.widths.iter().sum::<usize>();
-        let out = out.map(|out| unsafe { numbers_mut(out, count) });
-        end.logits(x, ids.len(), out, threads, &mut self.scratch, group)
+        self.decoder.decode(x, tokens, &mut memory, &mut self.places, threads, &mut sum)
     }
 }
 
@@ -216,59 +298,9 @@ impl Embedding {
     }
 }
 
-impl End {
-    /// `out`: \[tokens, logits of all ranks\], where they are wanted.
-    fn logits(
-        &self,
-        x: &mut [f32],
-        tokens: usize,
-        out: Option<&mut [f32]>,
-        threads: usize,
-        scratch: &mut [Vec<f32>; 3],
-        group: Option<&mut Group>,
-    ) -> Result<(), CommError> {
-        let [normed, own, all] = scratch;
-        normed.resize(x.len(), 0.0);
-        add_and_norm(x, &[], &self.norm, self.eps, normed);
-        let Some(group) = group else {
-            if let Some(out) = out {
-                self.head.multiply(normed, out, threads);
-            }
-            return Ok(());
-        };
-        own.resize(tokens * self.head.outputs(), 0.0);
-        self.head.multiply(normed, own, threads);
-        let sizes: Vec<_> = self.widths.iter().map(|width| tokens * width * size_of::<f32>()).collect();
-        let wanted: Vec<_> = sizes.iter().map(|size| 0..if out.is_some() { *size } else { 0 }).collect();
-        let Some(out) = out else {
-            return group.exchange(Op::Gather, bytes_of(own), &sizes, &wanted, &mut []);
-        };
-        if tokens == 1 {
-            return group.exchange(Op::Gather, bytes_of(own), &sizes, &wanted, bytes_of(out));
-        }
-        all.resize(out.len(), 0.0);
-        group.exchange(Op::Gather, bytes_of(own), &sizes, &wanted, bytes_of(all))?;
-        // Rank by rank, of each token by token; wanted is token by token.
-        let (mut rest, mut column) = (&all[..], 0);
-        for width in &self.widths {
-            let (part, behind) = rest.split_at(tokens * width);
-            for (from, to) in part.chunks_exact(*width).zip(out.chunks_exact_mut(self.widths.iter().sum())) {
-                to[column..column + width].copy_from_slice(from);
-            }
-            (rest, column) = (behind, column + width);
-        }
-        Ok(())
-    }
-}
-
 fn sum_of_ranks(group: &mut Group, part: &mut [f32], mut ahead: Option<Ahead<'_>>) -> Result<(), CommError> {
     let mut more = || ahead.as_mut().is_some_and(Ahead::more);
     group.all_reduce_meanwhile(bytes_of(part), Dtype::Float32, &mut more)
-}
-
-fn bytes_of(numbers: &mut [f32]) -> &mut [u8] {
-    // SAFETY: every byte of a number is one, and every four bytes are a number.
-    unsafe { std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), size_of_val(numbers)) }
 }
 
 pub(crate) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {

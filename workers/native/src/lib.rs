@@ -3,6 +3,7 @@
 
 mod comm;
 mod decoder;
+mod end;
 mod kernels;
 mod memory;
 

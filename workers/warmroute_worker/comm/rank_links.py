@@ -262,11 +262,11 @@ class RankLinks:
             for name, value in numbers.items():
                 self._region.set(self.place.rank, name, value)
 
-    def stepped(self, busy_ns: int, mode: str) -> None:
-        """A step was done, in which the rank was in `mode`: prefill, decode or idle."""
+    def stepped(self, busy_ns: int, mode: str, steps: int) -> None:
+        """So many steps were done, in which the rank was in `mode`: prefill, decode or idle."""
         if self._region is not None:
-            self._region.add(self.place.rank, "steps", 1)
-            self._region.add(self.place.rank, f"{mode}_steps", 1)
+            self._region.add(self.place.rank, "steps", steps)
+            self._region.add(self.place.rank, f"{mode}_steps", steps)
             self._region.add(self.place.rank, "busy_ns", busy_ns)
             self.beat()
 

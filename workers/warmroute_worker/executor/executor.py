@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from warmroute_worker.step_plan import StepPlan
 
     Drawn = tuple[Sequence[int], Mapping[int, TokenLogprobs]]
-    """The sampled tokens of a plan, in its order, and the logprobs that were asked for, by place in that order; prompt
-    tokens have the places after the last."""
+    """The sampled tokens of a plan, in its order, step by step, and the logprobs that were asked for, by place in that
+    order; prompt tokens have the places after the last."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class ExecutorFacts:
     """What carries sums between ranks."""
     depth: int
     """Plans that may be under way at once: with fewer, some rank has nothing to do."""
+    goes_on: bool = False
+    """Decode steps may follow each other in one plan."""
 
 
 class StepOutOfMemoryError(Exception):
@@ -52,6 +54,10 @@ class Executor(Protocol):
 
     def collect(self) -> Drawn:
         """What the oldest plan brought that has not been collected."""
+        ...
+
+    def heed(self, descriptor: int) -> None:
+        """Let no step follow another in the same plan while there is something to read there."""
         ...
 
     def exchange_records(self, record: bytes) -> list[bytes]:

@@ -162,6 +162,19 @@ class ModelRunner:
             return self._logits(plan, result)
         return self._forward(plan, before)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether steps can follow each other here: on all ranks or on none."""
+        return self._whole is not None and self._whole.is_all
+
+    def decode_on(self, plan: StepPlan, messages: int | None) -> list[int]:
+        """A plan with `more` steps, which end early if there is something to read at `messages`: the tokens of all."""
+        assert self._whole is not None
+        threads = self._wanted_threads(len(plan))
+        tokens = self._whole.decode_on(plan, messages, threads, samples=self.place.samples)
+        self._stored_tokens += len(tokens)
+        return tokens
+
     @torch.inference_mode()
     def _logits(self, plan: StepPlan, x: torch.Tensor) -> torch.Tensor | None:
         """Where one call makes only what they are made of."""

@@ -55,6 +55,8 @@ class Rank:
         began = time.perf_counter()
         self.place, self._links = links.place, links
         self._steps = 0
+        self.messages: int | None = None
+        """Of the driver: where something can be read when somebody new waits, or wants no more."""
         self.trace: Trace | None = None
         """While one is being made."""
         parallel = model_runner.expert_parallel(args, links)
@@ -84,6 +86,7 @@ class Rank:
             attention_backend=self.runner.attention_backend,
             collectives=links.groups.stage.name,
             depth=links.place.layout.pp_size,
+            goes_on=self.runner.goes_on,
         )
 
     def run(self, plan: StepPlan) -> Drawn | None:
@@ -91,21 +94,31 @@ class Rank:
         begin = time.perf_counter_ns()
         links = self._links
         waited = links.comm_ns
-        mode = plan.record.mode
+        mode, steps = plan.record.mode, 1
+        if plan.more:
+            tokens = self.runner.decode_on(plan, self.messages)
+            steps = len(tokens) // len(plan)
+            drawn: Drawn | None = (tokens, {})
+        else:
+            drawn = self._run(plan)
+        self._steps += steps
+        self.runner.stepped()
+        # Collectives in the background may take longer than what they overlap with.
+        busy = time.perf_counter_ns() - begin - (links.comm_ns - waited)
+        links.stepped(max(busy, 0), _MODES[mode], steps)
+        links.say(**self.runner.counts())
+        return drawn if self.place.samples else None
+
+    def _run(self, plan: StepPlan) -> Drawn | None:
+        """A single step."""
+        links = self._links
         with self._traced(plan) if self.trace else _NO_TRACE:
             result = self.runner.forward(plan, None if self.place.is_first_stage else links.take)
         if not self.place.is_last_stage:
             assert result is not None
             links.hand_on(result)
-        self._steps += 1
         # Of an idle plan nobody expects tokens.
-        drawn = self._draw(plan, result) if self.place.samples and mode else None
-        self.runner.stepped()
-        # Collectives in the background may take longer than what they overlap with.
-        busy = time.perf_counter_ns() - begin - (links.comm_ns - waited)
-        links.stepped(max(busy, 0), _MODES[mode])
-        links.say(**self.runner.counts())
-        return drawn
+        return self._draw(plan, result) if self.place.samples and plan.record.mode else None
 
     def _traced(self, plan: StepPlan) -> contextlib.AbstractContextManager[object]:
         mode = _MODES[plan.record.mode]
@@ -162,6 +175,8 @@ class RankExecutor:
             return
         if not self._drawn:
             self._active_since = time.perf_counter_ns()
+        if self.rank.trace is not None:
+            plan = dataclasses.replace(plan, more=0)  # which shows every step
         if self.rank.place.layout.world_size > 1:
             self.links.send_plan(step_plan_wire.encode(plan))
         try:
@@ -172,6 +187,9 @@ class RankExecutor:
             if self.rank.place.layout.world_size == 1 and is_out_of_memory(error):
                 raise StepOutOfMemoryError(str(error).splitlines()[0] if str(error) else "MemoryError") from error
             raise
+
+    def heed(self, descriptor: int) -> None:
+        self.rank.messages = descriptor
 
     def exchange_records(self, record: bytes) -> list[bytes]:
         return self.links.exchange_records(record)

@@ -68,6 +68,11 @@ class WholeDecoder:
     def makes_logits(self) -> bool:
         return self._width is not None
 
+    @property
+    def is_all(self) -> bool:
+        """It goes from token ids to logits."""
+        return self.makes_logits and self._parts[0] is not None
+
     def __call__(
         self, plan: StepPlan, before: Callable[[torch.Tensor], None] | None, threads: int, *, samples: bool
     ) -> torch.Tensor | None:
@@ -83,6 +88,24 @@ class WholeDecoder:
             before(self._x)
         self._native.decode(plan.token_ids, plan.rows, plan.starts, *self._addresses, threads, self._group)
         return self._x if self._width is None else self._logits
+
+    def decode_on(self, plan: StepPlan, messages: int | None, threads: int, *, samples: bool) -> list[int]:
+        """`plan` and the steps that may follow it, as long as nothing comes at the descriptor `messages`: the tokens of
+        all, one step behind the other, at every rank. Only if this embeds and makes logits."""
+        self._attention.update(plan)
+        if len(self._x) != len(plan):
+            self._make_room(len(plan), samples)
+        return self._native.decode_on(
+            plan.token_ids,
+            plan.rows,
+            plan.starts,
+            plan.stop_ids,
+            1 + plan.more,
+            self._addresses[0],
+            threads,
+            self._group,
+            messages,
+        )
 
     def _make_room(self, tokens: int, samples: bool) -> None:
         """For what comes out. It only grows: logits of many tokens would be mapped and unmapped in every step."""

@@ -48,8 +48,8 @@ class NewTokenRatio:
         self._minimum = min(1.0, self.MINIMUM * conservativeness)
         self._decay = (self.value - self._minimum) / self.DECAY_STEPS
 
-    def stepped(self) -> None:
-        self.value = max(self._minimum, self.value - self._decay)
+    def stepped(self, steps: int = 1) -> None:
+        self.value = max(self._minimum, self.value - steps * self._decay)
 
     def retracted(self) -> None:
         self.value = min(1.0, self.value + self.RETRACTION_PENALTY)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from warmroute_worker.scheduler.logit_changes import has_changes, logit_changes
-from warmroute_worker.step_plan import NO_SAMPLING, NOTHING_TOLD, SamplingColumns, StepPlan, ToldColumns
+from warmroute_worker.step_plan import NO_IDS, NO_SAMPLING, NOTHING_TOLD, SamplingColumns, StepPlan, ToldColumns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from warmroute_worker.scheduler.request import Request
+    from warmroute_worker.step_plan import Int64s
 
 
 _INT32_MAX = 2**31 - 1
@@ -55,11 +56,12 @@ class SamplingMemo:
         self._sampled: list[Request] = []
         self._columns = NO_SAMPLING
         self._changes_logits = False
+        self._stop_ids: Int64s | None = None
 
     def of(self, chunks: Sequence[Chunk]) -> SamplingColumns:
         sampled = [chunk.request for chunk in chunks if chunk.samples]
         if sampled != self._sampled:
-            self._sampled = sampled
+            self._sampled, self._stop_ids = sampled, None
             self._changes_logits = any(has_changes(request.sampling) for request in sampled)
             self._columns = SamplingColumns(
                 temperatures=np.array([request.sampling.temperature for request in sampled], np.float32),
@@ -74,11 +76,26 @@ class SamplingMemo:
         scaled, added = logit_changes(sampled)
         return replace(self._columns, scaled=scaled, added=added)
 
+    @property
+    def is_likeliest(self) -> bool:
+        """Of the columns made last: everybody gets the likeliest token, and nothing is said of it."""
+        return not self._changes_logits and self._columns.is_greedy and not self._columns.reports
+
+    @property
+    def stop_ids(self) -> Int64s:
+        """Ids that end one of the requests of the columns made last."""
+        if self._stop_ids is None:
+            ids = sorted(set().union(*(request.stop_token_ids for request in self._sampled)))
+            self._stop_ids = np.array(ids, np.int64)
+        return self._stop_ids
+
 
 def step_plan(
     chunks: Sequence[Chunk],
     page_updates: Sequence[tuple[int, int, int]],
     sampling: SamplingColumns,
+    more: int = 0,
+    stop_ids: Int64s = NO_IDS,
 ) -> StepPlan:
     """The plan that computes `chunks`. Decodes must come before prefills, as executors batch them differently."""
     tokens: list[int] = []
@@ -100,6 +117,8 @@ def step_plan(
         sampling=sampling,
         told=ToldColumns(*np.array(told, np.int64).reshape(-1, 3).T) if told else NOTHING_TOLD,
         page_updates=np.array(page_updates, np.int32).reshape(-1, 3),
+        more=more,
+        stop_ids=stop_ids,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from warmroute_worker.kv.cache import PageLease
     from warmroute_worker.kv.radix import PageKey
     from warmroute_worker.messages import Sampling, TokenLogprobs
@@ -128,7 +130,14 @@ class Request:
             self._keys.append(tuple(self.tokens[index * size : (index + 1) * size]))
         return self._keys[:count]
 
-    def finish_reason(self) -> str | None:
+    def take(self, new: Sequence[int]) -> str | None:
+        """The tokens that the plan brought which computed the last one, and all of `new` but its last; why it ends with
+        them, if it does."""
+        self.tokens += new
+        self.num_computed += max(len(new) - 1, 0)
+        return self._finish_reason() if new else "length"
+
+    def _finish_reason(self) -> str | None:
         """Judged by the newest token."""
         if self.tokens[-1] in self.stop_token_ids:
             return "stop"

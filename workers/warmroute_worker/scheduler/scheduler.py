@@ -21,6 +21,7 @@ from warmroute_worker.messages import Load, Reply, Row, StepOutput, Times
 from warmroute_worker.scheduler.admission import NewTokenRatio, refusal
 from warmroute_worker.scheduler.batch import Chunk, SamplingMemo, step_plan
 from warmroute_worker.scheduler.request import Request
+from warmroute_worker.step_plan import NO_IDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -174,15 +175,20 @@ class Scheduler:
         """Some plan under way computes something."""
         return any(self._under_way)
 
-    def schedule(self, *, hold: bool = False, now: float = 0.0) -> StepPlan:
-        """The next step; an empty plan if nothing can run, or with `hold`."""
+    def schedule(self, *, hold: bool = False, now: float = 0.0, steps: int = 1) -> StepPlan:
+        """The next step; an empty plan if nothing can run, or with `hold`. If it has only decodes, of requests that get
+        the likeliest token, up to `steps` of them go in one plan."""
         self._ratio.stepped()
         chunks: list[Chunk] = []
         if not hold:
             self._grow()
             self._admit(now)
             chunks = self._next_chunks()
-        plan = step_plan(chunks, self._page_updates if chunks else [], self._sampling[0].of(chunks))
+        memo = self._sampling[0]
+        sampling, more, stop_ids = memo.of(chunks), 0, NO_IDS
+        if steps > 1 and memo.is_likeliest and (more := self._more_steps(chunks, steps - 1)):
+            stop_ids = memo.stop_ids
+        plan = step_plan(chunks, self._page_updates if chunks else [], sampling, more, stop_ids)
         self._sampling.rotate(-1)
         for request, start, length, *_ in chunks:
             request.num_computed = start + length
@@ -228,16 +234,19 @@ class Scheduler:
     def apply(
         self, token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS, now: float = 0.0
     ) -> StepOutput:
-        """Take the tokens of the oldest plan under way, one per sampled sequence in its order, and say what is new.
+        """Take the tokens of the oldest plan under way, one per sampled sequence in its order, and say what is new. If
+        several steps went in it, theirs stand one behind the other.
 
         `logprobs`: by place in that order; those of prompt tokens come after it, in the order of the plan.
         """
         rows, self._rows = self._rows, []
-        sampled, told = iter(enumerate(token_ids)), len(token_ids)
         chunks = self._under_way.popleft()
-        self._count(chunks)
+        num_sampled, told = sum(chunk.samples for chunk in chunks), len(token_ids)
+        steps = len(token_ids) // num_sampled if num_sampled else 1
+        self._count(chunks, steps)
+        place = -1
         for request, _, length, samples, tells, epoch in chunks:
-            place, token = next(sampled) if samples else (-1, -1)
+            place += samples
             told_here = range(told, told + len(tells))
             told = told_here.stop
             if request.epoch != epoch:
@@ -251,10 +260,9 @@ class Scheduler:
             if not samples:
                 continue
             # Who wants none came for its prompt's logprobs, or to warm the cache.
-            new = [token] if request.max_new_tokens else []
-            request.tokens += new
+            new = list(token_ids[place::num_sampled]) if request.max_new_tokens else []
+            reason = request.take(new)
             self._generation_tokens_total += len(new)
-            reason = request.finish_reason() if new else "length"
             row = Row(request.rid, new, reason, request.cached_tokens or 0, None, logprobs.get(place) if new else None)
             if request.num_new <= 1:
                 times = Times(request.admitted_at - request.arrived_at, now - request.admitted_at)
@@ -265,13 +273,15 @@ class Scheduler:
                 self._finish(request)
         return StepOutput(rows, self.load())
 
-    def _count(self, chunks: Sequence[Chunk]) -> None:
+    def _count(self, chunks: Sequence[Chunk], steps: int) -> None:
         """What a plan computed, whether it was of use or not."""
         prefilled = sum(chunk.length for chunk in chunks if chunk.is_prefill)
         self._computed_tokens_total[True] += prefilled
-        self._computed_tokens_total[False] += sum(chunk.length for chunk in chunks) - prefilled
+        self._computed_tokens_total[False] += steps * (sum(chunk.length for chunk in chunks) - prefilled)
         if chunks:
-            self._passes_total[prefilled > 0] += 1
+            self._passes_total[prefilled > 0] += steps
+        if steps > 1:
+            self._ratio.stepped(steps - 1)
 
     def load(self) -> Load:
         size = self._limits.page_size
@@ -323,6 +333,25 @@ class Scheduler:
                     self._retract(self._running[-1])
                 else:
                     self._page_updates.append((request.row, len(lease.pages) - 1, page))
+
+    def _more_steps(self, chunks: Sequence[Chunk], most: int) -> int:
+        """How many steps may follow one of these chunks before something must be decided, up to `most`, and the pages
+        for them."""
+        if not chunks or len(chunks) < len(self._running) or any(chunk.is_prefill for chunk in chunks):
+            return 0
+        size = self._limits.page_size
+        # The last of a request's tokens is computed by the step that nothing follows.
+        most = min(most, *(request.num_remaining - 1 for request in self._running))
+        for request in self._running:
+            lease = request.lease
+            assert lease is not None
+            # What others need next is not taken for steps that may never be.
+            while len(lease.pages) * size < len(request.tokens) + most and self._cache.num_available > len(chunks):
+                page = self._cache.extend(lease)
+                assert page is not None
+                self._page_updates.append((request.row, len(lease.pages) - 1, page))
+            most = min(most, len(lease.pages) * size - len(request.tokens))
+        return most
 
     def _retract(self, request: Request) -> None:
         self._leave(request)
