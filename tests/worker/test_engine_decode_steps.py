@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.worker.driver_fixtures import drivers
 from tests.worker.engine_fixtures import GREEDY, greedy, load_engine, make_model, make_reference
 from tests.worker.test_engine_deterministic import IN_ONE_CALL
 from tests.worker.test_engine_ranks import answers, ranks
-from warmroute_worker.messages import Generate
+from warmroute_worker.executor import ranks as executor_ranks
+from warmroute_worker.messages import Abort, Generate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,6 +142,35 @@ def test_ranks_say_one_number_of_each_sequence_instead_of_its_logits(llama: Refe
     assert moved["all_reduce_calls"] == 32 * (2 * 3 + 1)
     # And in front of them whether to go on.
     assert moved["gather_bytes"] == (32 - times) * count * 320 // 2 * 4 + times * (count + 1) * 8
+
+
+def test_a_driver_listens_while_steps_follow_each_other(llama: Reference) -> None:
+    """Of 64 steps at a time some runs end early, for those who come and for one who goes."""
+    with drivers(llama.folder, num_continuous_decode_steps=64) as engine:
+        long = Generate("long", llama.prompts[3], 450, sampling=GREEDY)
+        engine.send(0, long)
+        for n in range(4):
+            told = len(engine.rows["long"])
+            engine.until(lambda told=told: len(engine.rows["long"]) > told)  # type: ignore[misc]
+            time.sleep(0.002)  # of the 10 that 64 steps take
+            engine.send(0, Generate(str(n), llama.prompts[n], 1, sampling=GREEDY))
+        engine.until(engine.finished(["0", "1", "2", "3"]))
+        engine.send(0, Abort("long"))
+        engine.until(engine.finished(["long"]))
+        said = [len(row.token_ids) for row in engine.rows["long"]]
+        assert engine.rows["long"][-1].finish_reason == "abort"
+        # The first, one with each of the four prompts, and what was ended early.
+        assert sum(0 < count < 64 for count in said) > 1 + 4, said
+
+
+def test_without_a_number_steps_have_a_limit_of_time(llama: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_ranks, "BURST_SECONDS", 0.0)
+    with ranks(llama.folder, 1) as (engine, _):
+        request = Generate("0", llama.prompts[3], 16, sampling=GREEDY)
+        assert sizes(engine, [request]) == ({"0": llama.answers[3][:16]}, [1] * 16)
+    monkeypatch.setattr(executor_ranks, "BURST_SECONDS", 100.0)
+    with ranks(llama.folder, 1) as (engine, _):
+        assert sizes(engine, [request]) == ({"0": llama.answers[3][:16]}, [1, 8, 7])
 
 
 def test_it_is_said_where_steps_go_one_by_one(llama: Reference, caplog: pytest.LogCaptureFixture) -> None:

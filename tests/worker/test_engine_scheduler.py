@@ -11,7 +11,6 @@ import pytest
 
 from tests.worker.scheduler_fixtures import PAGE, VOCAB, Run, check_told, expected_answer, generate
 from warmroute_worker.messages import Generate, Sampling, Times
-from warmroute_worker.scheduler.pace import Pace
 
 GREEDY = Sampling(temperature=0)
 
@@ -531,18 +530,54 @@ def test_nothing_follows_a_step_with_a_prompt() -> None:
     assert [run.step(8).more for _ in range(4)] == [0, 0, 0, 7]
 
 
-def test_steps_that_may_never_be_take_no_page_that_somebody_needs() -> None:
-    """Two requests, each with all of its pages but one full: of the four pages left, two are their next ones."""
-    run = Run(num_pages=8, chunked_prefill_size=-1, schedule_conservativeness=0.01)
-    for rid in ("a", "b"):
+def test_steps_take_pages_that_nobody_needs_next() -> None:
+    """Of 18 pages four requests have 3 each after their first token, and need their next 4 soon. The 2 others are not
+    taken for steps that two of them could do and the others could not."""
+    run = Run(num_pages=18, chunked_prefill_size=-1, schedule_conservativeness=0.01)
+    for rid in "abcd":
         run.scheduler.add(generate(rid, 8, 20, start=ord(rid), ignore_eos=True, sampling=GREEDY))
     run.step(8)
     plan = run.step(8)
-    assert run.scheduler.retractions_total == 0
-    assert run.cache.num_available == 2
     assert plan.more == 3, "to the end of the pages that their next tokens need anyway"
+    assert run.cache.num_available == 6
     run.finish()
-    assert all(run.answer(rid)[1] == "length" for rid in ("a", "b"))
+    assert all(run.answer(rid)[1] == "length" for rid in "abcd")
+
+
+def test_pages_of_steps_that_have_not_been_go_to_who_needs_them() -> None:
+    """`a` has pages for 16 steps, of which it does one."""
+    run = Run(num_pages=10, chunked_prefill_size=-1, schedule_conservativeness=0.01)
+    run.scheduler.add(generate("a", 15, 17, ignore_eos=True, sampling=GREEDY))
+    run.step(8)
+    assert run.step(17, most=0).more == 15
+    assert run.cache.num_available == 10 - 8
+    b = generate("b", 15, 2, start=9, ignore_eos=True, sampling=GREEDY)
+    run.scheduler.add(b)
+    run.step()
+    assert run.cache.num_available == 10 - 5 - 4
+    run.finish()
+    assert run.scheduler.retractions_total == 0
+    assert all(run.answer(rid)[1] == "length" for rid in "ab")
+
+
+def test_a_step_that_draws_for_some_only_is_followed_by_none() -> None:
+    """What `b` had said is computed again, token by token: that is no prefill, and yet nothing is drawn for it."""
+    run = Run(chunked_prefill_size=1)
+    a = generate("a", 2, 40, ignore_eos=True, sampling=GREEDY)
+    b = generate("b", 2, 20, start=9, ignore_eos=True, sampling=GREEDY)
+    for message in (a, b):
+        run.scheduler.add(message)
+    while len(run.rows.get("b", [])) < 6:
+        run.step()
+    run.scheduler._retract(run.scheduler._running[-1])
+    run.scheduler._cache.flush()
+    some_only = 0
+    while not run.scheduler.is_idle:
+        plan = run.step(8)
+        some_only += 0 < plan.sampled.sum() < len(plan)
+    assert some_only > 4
+    for message in (a, b):
+        assert run.answer(message.rid) == expected_answer(message, run.room)
 
 
 def test_a_token_that_ends_a_request_ends_the_steps() -> None:
@@ -556,13 +591,3 @@ def test_a_token_that_ends_a_request_ends_the_steps() -> None:
     assert plan.stop_ids.tolist() == [stop]
     assert run.answer("a") == (answer[: answer.index(stop) + 1], "stop")
     assert run.cache.num_available == run.cache.num_pages
-
-
-@pytest.mark.parametrize(("fixed", "steps"), [(None, [1, 8, 2, 1, 3]), (4, [4, 4, 4, 4, 4])])
-def test_as_many_steps_as_their_tokens_may_come_together(fixed: int | None, steps: list[int]) -> None:
-    pace = Pace(fixed)
-    found = [pace.steps]
-    for seconds, done in ((0.0005, 1), (0.04, 8), (0.05, 2), (0.003, 1)):
-        pace.took(seconds, done)
-        found.append(pace.steps)
-    assert found == steps

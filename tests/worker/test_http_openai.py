@@ -471,6 +471,28 @@ async def test_of_tokens_with_the_same_text_the_likeliest_is_told(app: RunningAp
     assert told["top_logprobs"] == [{"\ufffd": -0.5, "a": -2.0}]
 
 
+@pytest.mark.parametrize("stops", [("cd",), ("bx", "c"), ("d", "cdef"), ("nothing",), ("f",), ()])
+@pytest.mark.parametrize("at_a_time", [1, 2, 3, 7])
+async def test_a_stop_string_ends_the_tokens_however_many_come_at_a_time(
+    app: RunningApp, stops: tuple[str, ...], at_a_time: int
+) -> None:
+    """What the engine has computed behind it is neither told nor counted."""
+
+    def state() -> RequestState:
+        detokenizer = app.service.tokenizer.detokenizer([])
+        return RequestState("r", "r", 1, detokenizer, stops, frozenset(), asyncio.Event(), True, 0)
+
+    tokens, one, other = list(b"abcdefg"), state(), state()
+    for token in tokens:
+        if one.finish is None:
+            one.advance([token], "length" if token == tokens[-1] else None, 0, None)
+    for at in range(0, len(tokens), at_a_time):
+        if other.finish is None:
+            some = tokens[at : at + at_a_time]
+            other.advance(some, "length" if some[-1] == tokens[-1] else None, 0, None)
+    assert (other.output_ids, other.finish, other.take_text()) == (one.output_ids, one.finish, one.take_text())
+
+
 async def test_echo_puts_the_prompt_before_the_answer(tmp_path: Path) -> None:
     async with running_app(write_folder(tmp_path)) as app:
         answer = (await app.post("/v1/completions", prompt=["ab", [99, 100]], max_tokens=9, echo=True)).json()

@@ -199,14 +199,16 @@ class Decoder:
         starts: object,
         stop_ids: object,
         steps: int,
+        seconds: float,
         x: int,
         threads: int,
         group: Group | None,
         messages: int | None,
     ) -> list[int]:
         """`steps` such steps, each with the likeliest tokens of the one before; fewer if one of these is among
-        `stop_ids` (an int64 array), or there is something to read at the descriptor `messages`, which one rank may
-        have. The tokens of all steps, one step behind the other. Only where this embeds and makes logits."""
+        `stop_ids` (an int64 array), or the next one would end more than `seconds` after the first began, or there is
+        something to read at the descriptor `messages`, which one rank may have. All ranks do as many. The tokens of
+        all steps, one step behind the other. Only where this embeds and makes logits."""
 
 def products_are_fast() -> bool:
     """Whether this CPU has what `Matrix` is made for."""

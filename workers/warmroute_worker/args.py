@@ -28,6 +28,8 @@ EP_ROWS = ("rank", "expert")
 DEEPEP_MODES = ("auto", "normal", "low_latency")
 DISPATCH_ALGORITHMS = ("static", "dynamic")
 MAX_RANKS = 64
+MOST_CONTINUOUS_STEPS = 64
+"""Nobody sees a sign of life from a rank meanwhile."""
 
 DP_CONSERVATIVENESS = 0.3
 """With DP attention `schedule_conservativeness` is multiplied by it, as in SGLang: ranks keep each other waiting, so a
@@ -60,7 +62,7 @@ class WorkerArgs:
     chunked_prefill_size: int = 2048
     """Prompt tokens computed per step at most; -1: whole prompts."""
     num_continuous_decode_steps: int | None = None
-    """Decode steps that may follow each other without the scheduler; None: up to 8, as long as they take 10 ms."""
+    """Decode steps that may follow each other without the scheduler; None: up to 8, within 10 ms."""
     context_length: int | None = None
     """None: what the model's config.json says."""
     random_seed: int = 0
@@ -179,6 +181,11 @@ class WorkerArgs:
         _check(
             self.chunked_prefill_size == -1 or self.chunked_prefill_size >= 1,
             f"--chunked-prefill-size must be at least 1, or -1 for whole prompts, got {self.chunked_prefill_size}",
+        )
+        _check(
+            (self.num_continuous_decode_steps or 1) <= MOST_CONTINUOUS_STEPS,
+            f"--num-continuous-decode-steps must be at most {MOST_CONTINUOUS_STEPS}, got "
+            f"{self.num_continuous_decode_steps}",
         )
         _check(
             self.max_queued_requests is None or self.max_queued_requests >= 0,

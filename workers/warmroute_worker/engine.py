@@ -15,9 +15,7 @@ from warmroute_worker.kv.cache import KvCache
 from warmroute_worker.kv.events import CacheEvents
 from warmroute_worker.lock_step import LockStep
 from warmroute_worker.messages import Ready
-from warmroute_worker.scheduler.pace import Pace
 from warmroute_worker.scheduler.scheduler import Limits, Scheduler
-from warmroute_worker.step_plan import DECODE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +29,10 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("warmroute_worker.engine")
+
+CONTINUOUS_STEPS = 8
+"""Decode steps that may follow each other in a plan, if nobody has said how many. Between two plans is Python, 0.1 to
+0.3 ms of it."""
 
 MOST_FAILURES = 8
 """Steps that run out of memory one after the other before those in them are refused."""
@@ -68,11 +70,11 @@ class Engine:
         )
         self._depth, self._under_way = facts.depth, 0
         wanted = args.num_continuous_decode_steps
-        self._pace = Pace(wanted) if facts.goes_on and wanted != 1 else None
-        if wanted is not None and self._pace is None and wanted > 1:
+        self._steps = (wanted or CONTINUOUS_STEPS) if facts.goes_on else 1
+        if wanted is not None and wanted > self._steps:
             log.warning(
-                "--num-continuous-decode-steps %d: steps go one by one, because only those of dense models in float32 "
-                "on a CPU, without pipeline stages and DP attention, can follow each other",
+                "--num-continuous-decode-steps %d: steps go one by one, because with this model and these arguments a "
+                "step is not one native call (docs/worker.md says when it is)",
                 wanted,
             )
         self.lock_step = LockStep(executor) if args.layout.dp_attention else None
@@ -114,10 +116,8 @@ class Engine:
 
         With several stages, as many plans are under way as there are stages, and the oldest is waited for.
         """
-        began = self._clock()
-        steps = 1 if self._pace is None else self._pace.steps
         while self._under_way < self._depth:
-            plan = self.scheduler.schedule(hold=self.is_paused, now=self._clock(), steps=steps)
+            plan = self.scheduler.schedule(hold=self.is_paused, now=self._clock(), steps=self._steps)
             if self._cut_from is not None:
                 plan = dataclasses.replace(plan, first_half=two_batches.first_half(plan, self._cut_from))
             if self.lock_step is not None:
@@ -137,10 +137,7 @@ class Engine:
                 break
         drawn = self.executor.collect()
         self._under_way -= 1
-        now = self._clock()
-        if self._pace is not None and plan.record.mode == DECODE:  # one plan at a time, so it is this one's
-            self._pace.took(now - began, len(drawn[0]) // len(plan))
-        output = self.scheduler.apply(*drawn, now=now)
+        output = self.scheduler.apply(*drawn, now=self._clock())
         if self.is_idle:
             self.cache.check_balance()
         return output

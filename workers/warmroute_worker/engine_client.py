@@ -208,7 +208,8 @@ class EngineClient(asyncio.Protocol):
         if state.last_token_at is None:
             self._metrics.time_to_first_token.observe(now - state.arrived)
         else:
-            self._metrics.inter_token_latency.observe((now - state.last_token_at) / tokens)
+            for _ in range(tokens):  # as SGLang counts those that come together
+                self._metrics.inter_token_latency.observe((now - state.last_token_at) / tokens)
         state.last_token_at = now
 
     def _lost(self, message: str) -> None:

@@ -128,7 +128,7 @@ class RequestState:
             self.prompt_logprobs = [None, *prompt_logprobs]
         ends_at = self.output_ids[-1] if finish_reason == "stop" and self.output_ids else None
         trimmed = ends_at is not None and ends_at in self._trimmed and bool(token_ids)
-        text = self._stop.feed(self._detokenizer.feed(token_ids[:-1] if trimmed else token_ids))
+        text = self._text_of(token_ids[:-1] if trimmed else token_ids)
         stopped_here = self._stop.matched is not None
         if stopped_here:
             self.finish = Finish("stop", self._stop.matched)
@@ -142,6 +142,18 @@ class RequestState:
         if first or self.wants_steps or self.finish is not None:
             self.changed.set()
         return stopped_here and finish_reason is None
+
+    def _text_of(self, new: Sequence[int]) -> str:
+        """Of the last of `output_ids`, from which those behind the one that completes a stop string are taken."""
+        if not self._stop or len(new) <= 1:
+            return self._stop.feed(self._detokenizer.feed(new))
+        text, begin = "", len(self.output_ids) - len(new)
+        for place, token in enumerate(new):
+            text += self._stop.feed(self._detokenizer.feed([token]))
+            if self._stop.matched is not None:
+                del self.output_ids[begin + place + 1 :]
+                break
+        return text
 
     def begin_with(self, text: str) -> None:
         """Put `text` before the answer, which stop strings do not look at."""

@@ -23,6 +23,10 @@ class StopStrings:
         self.matched: str | None = None
         """The stop string that was found; from then on nothing is returned."""
 
+    def __bool__(self) -> bool:
+        """There are any."""
+        return bool(self._stops)
+
     def feed(self, text: str) -> str:
         """The text that is certainly before a stop string."""
         if not self._stops:

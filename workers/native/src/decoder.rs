@@ -4,6 +4,7 @@
 
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use cpu_kernels::{Ahead, Bfloat16, Decoder, Layer, Matrix, Memory, Places, Tokens, rows_of};
 use pyo3::buffer::PyBuffer;
@@ -161,7 +162,7 @@ impl PyDecoder {
             .map_err(raised)
     }
 
-    #[pyo3(signature = (ids, rows, starts, stop_ids, steps, x, threads, group, messages))]
+    #[pyo3(signature = (ids, rows, starts, stop_ids, steps, seconds, x, threads, group, messages))]
     fn decode_on(
         &mut self,
         py: Python<'_>,
@@ -170,16 +171,18 @@ impl PyDecoder {
         starts: PyBuffer<i32>,
         stop_ids: PyBuffer<i64>,
         steps: usize,
+        seconds: f64,
         x: usize,
         threads: usize,
         mut group: Option<PyRefMut<'_, PyGroup>>,
         messages: Option<RawFd>,
     ) -> PyResult<Vec<i64>> {
         let (ids, rows, starts) = (ids.to_vec(py)?, rows.to_vec(py)?, starts.to_vec(py)?);
-        if ids.len() != rows.len() || ids.len() != starts.len() || self.embedding.is_none() || self.end.is_none() {
+        let whole = self.embedding.is_some() && self.end.is_some();
+        if ids.is_empty() || ids.len() != rows.len() || ids.len() != starts.len() || !whole {
             return Err(PyValueError::new_err("there is one token of each sequence, and all of the model is here"));
         }
-        let run = Run { stop_ids: stop_ids.to_vec(py)?, steps, messages };
+        let run = Run { stop_ids: stop_ids.to_vec(py)?, steps, seconds, messages };
         let group = group.as_mut().map(|group| &mut group.0);
         py.detach(|| self.decode_steps(ids, &rows, starts, &run, x, threads, group)).map_err(raised)
     }
@@ -191,11 +194,19 @@ struct Run {
     stop_ids: Vec<i64>,
     /// So many at most.
     steps: usize,
+    /// Within so many.
+    seconds: f64,
     /// Something to be read there ends it, too: somebody new waits, or wants no more. Only one rank has it.
     messages: Option<RawFd>,
 }
 
 impl Run {
+    /// Whether this rank wants another one after so many steps.
+    fn goes_on(&self, steps: usize, begin: Instant) -> bool {
+        let per_step = begin.elapsed().as_secs_f64() / steps as f64;
+        steps < self.steps && per_step * (steps + 1) as f64 <= self.seconds && !self.is_interrupted()
+    }
+
     fn is_interrupted(&self) -> bool {
         self.messages.is_some_and(|fd| {
             // SAFETY: the caller keeps it open during the call.
@@ -218,15 +229,15 @@ impl PyDecoder {
         threads: usize,
         mut group: Option<&mut Group>,
     ) -> Result<Vec<i64>, CommError> {
-        let count = ids.len();
+        let (count, begin) = (ids.len(), Instant::now());
         let mut drawn = Vec::with_capacity(run.steps * count);
         loop {
             self.run_layers(&ids, Tokens { rows, starts: &starts }, x, threads, group.as_deref_mut())?;
             let x = unsafe { numbers_mut(x, count * self.hidden) };
             let end = self.end.as_ref().expect("looked at before");
-            let more = drawn.len() + count < run.steps * count && !run.is_interrupted();
+            let wanted = run.goes_on(drawn.len() / count + 1, begin);
             let (scratch, said) = (&mut self.scratch, &mut self.said);
-            let more = end.likeliest(x, &mut ids, more, threads, scratch, said, group.as_deref_mut())?;
+            let more = end.likeliest(x, &mut ids, wanted, threads, scratch, said, group.as_deref_mut())?;
             drawn.extend_from_slice(&ids);
             if !more || ids.iter().any(|id| run.stop_ids.contains(id)) {
                 return Ok(drawn);

@@ -167,11 +167,12 @@ class ModelRunner:
         """Whether steps can follow each other here: on all ranks or on none."""
         return self._whole is not None and self._whole.is_all
 
-    def decode_on(self, plan: StepPlan, messages: int | None) -> list[int]:
-        """A plan with `more` steps, which end early if there is something to read at `messages`: the tokens of all."""
+    def decode_on(self, plan: StepPlan, seconds: float, messages: int | None) -> list[int]:
+        """A plan with `more` steps, of which those are done that fit in so many seconds, until there is something to
+        read at `messages`: the tokens of all."""
         assert self._whole is not None
         threads = self._wanted_threads(len(plan))
-        tokens = self._whole.decode_on(plan, messages, threads, samples=self.place.samples)
+        tokens = self._whole.decode_on(plan, seconds, messages, threads, samples=self.place.samples)
         self._stored_tokens += len(tokens)
         return tokens
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import os
 import time
 from collections import deque
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 NO_PLAN = b""
 """What ends the ranks' work."""
 
+BURST_SECONDS = 0.01
+"""Steps that follow each other bring their tokens together: within this, unless somebody has said how many steps."""
+
 ORDER = b"order:"
 """What is no plan begins so. A plan begins with a number that is negative or far below these letters as one."""
 
@@ -55,6 +59,7 @@ class Rank:
         began = time.perf_counter()
         self.place, self._links = links.place, links
         self._steps = 0
+        self._burst_seconds = BURST_SECONDS if args.num_continuous_decode_steps is None else math.inf
         self.messages: int | None = None
         """Of the driver: where something can be read when somebody new waits, or wants no more."""
         self.trace: Trace | None = None
@@ -96,7 +101,7 @@ class Rank:
         waited = links.comm_ns
         mode, steps = plan.record.mode, 1
         if plan.more:
-            tokens = self.runner.decode_on(plan, self.messages)
+            tokens = self.runner.decode_on(plan, self._burst_seconds, self.messages)
             steps = len(tokens) // len(plan)
             drawn: Drawn | None = (tokens, {})
         else:

@@ -77,6 +77,14 @@ class KvCache:
         lease.pages.append(page)
         return page
 
+    def shrink(self, lease: PageLease, num_pages: int) -> None:
+        """Free the private pages behind the first `num_pages`."""
+        spare = lease.pages[max(num_pages, lease.num_shared) :]
+        if spare:
+            del lease.pages[-len(spare) :]
+            self._allocator.give_back(spare)
+            self._num_private -= len(spare)
+
     def publish(self, lease: PageLease, keys: Sequence[PageKey]) -> list[int]:
         """Cache the leading pages of the lease, which hold the tokens `keys` now.
 

@@ -89,9 +89,11 @@ class WholeDecoder:
         self._native.decode(plan.token_ids, plan.rows, plan.starts, *self._addresses, threads, self._group)
         return self._x if self._width is None else self._logits
 
-    def decode_on(self, plan: StepPlan, messages: int | None, threads: int, *, samples: bool) -> list[int]:
-        """`plan` and the steps that may follow it, as long as nothing comes at the descriptor `messages`: the tokens of
-        all, one step behind the other, at every rank. Only if this embeds and makes logits."""
+    def decode_on(
+        self, plan: StepPlan, seconds: float, messages: int | None, threads: int, *, samples: bool
+    ) -> list[int]:
+        """`plan` and the steps that may follow it, those that fit in so many seconds, as long as nothing comes at the
+        descriptor `messages`: the tokens of all, one step behind the other, at every rank. Only if this `is_all`."""
         self._attention.update(plan)
         if len(self._x) != len(plan):
             self._make_room(len(plan), samples)
@@ -101,6 +103,7 @@ class WholeDecoder:
             plan.starts,
             plan.stop_ids,
             1 + plan.more,
+            seconds,
             self._addresses[0],
             threads,
             self._group,

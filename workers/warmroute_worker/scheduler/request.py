@@ -131,8 +131,7 @@ class Request:
         return self._keys[:count]
 
     def take(self, new: Sequence[int]) -> str | None:
-        """The tokens that the plan brought which computed the last one, and all of `new` but its last; why it ends with
-        them, if it does."""
+        """Append `new`, of which all but the last have been computed, too. Returns the finish reason, or None."""
         self.tokens += new
         self.num_computed += max(len(new) - 1, 0)
         return self._finish_reason() if new else "length"

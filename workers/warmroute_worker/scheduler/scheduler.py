@@ -7,6 +7,8 @@
 * The pages of the whole prompt are taken at admission; only decoding allocates later.
 * Several plans may be under way (pipeline stages). They run in order, so what a plan computes counts as computed once
   it is scheduled: whatever uses it comes later. Of a request that left in the meantime, the token is dropped.
+* With one at a time, greedy decode steps may follow each other in a plan. An executor may do fewer of them than there
+  are pages for, so they count once it has; the pages that were not needed are for the next ones.
 """
 
 from __future__ import annotations
@@ -186,7 +188,7 @@ class Scheduler:
             chunks = self._next_chunks()
         memo = self._sampling[0]
         sampling, more, stop_ids = memo.of(chunks), 0, NO_IDS
-        if steps > 1 and memo.is_likeliest and (more := self._more_steps(chunks, steps - 1)):
+        if chunks and steps > 1 and memo.is_likeliest and (more := self._reserve_steps(chunks, steps - 1)):
             stop_ids = memo.stop_ids
         plan = step_plan(chunks, self._page_updates if chunks else [], sampling, more, stop_ids)
         self._sampling.rotate(-1)
@@ -242,7 +244,8 @@ class Scheduler:
         rows, self._rows = self._rows, []
         chunks = self._under_way.popleft()
         num_sampled, told = sum(chunk.samples for chunk in chunks), len(token_ids)
-        steps = len(token_ids) // num_sampled if num_sampled else 1
+        steps, rest = divmod(len(token_ids), num_sampled) if num_sampled else (1, 0)
+        assert not rest, "each step brings a token to each"
         self._count(chunks, steps)
         place = -1
         for request, _, length, samples, tells, epoch in chunks:
@@ -328,30 +331,42 @@ class Scheduler:
         size = self._limits.page_size
         for request in list(self._running):
             while (lease := request.lease) is not None and len(lease.pages) * size < len(request.tokens):
-                page = self._cache.extend(lease)
-                if page is None:
+                if not self._extend(request) and not self._return_reserved():
                     self._retract(self._running[-1])
-                else:
-                    self._page_updates.append((request.row, len(lease.pages) - 1, page))
 
-    def _more_steps(self, chunks: Sequence[Chunk], most: int) -> int:
-        """How many steps may follow one of these chunks before something must be decided, up to `most`, and the pages
+    def _reserve_steps(self, chunks: Sequence[Chunk], most: int) -> int:
+        """How many steps, up to `most`, can follow one of these chunks before something must be decided; takes the pages
         for them."""
-        if not chunks or len(chunks) < len(self._running) or any(chunk.is_prefill for chunk in chunks):
+        running, size = self._running, self._limits.page_size
+        if len(chunks) < len(running) or any(chunk.is_prefill or not chunk.samples for chunk in chunks):
             return 0
-        size = self._limits.page_size
-        # The last of a request's tokens is computed by the step that nothing follows.
-        most = min(most, *(request.num_remaining - 1 for request in self._running))
+        most = min(most, *(request.num_remaining - 1 for request in running))
+        # Nobody's next page is taken for steps that may never be.
+        spare = max(self._cache.num_available - len(running), 0)
+        while most > 0 and sum(_missing_pages(request, most, size) for request in running) > spare:
+            most -= 1
+        for request in running if most > 0 else ():
+            for _ in range(_missing_pages(request, most, size)):
+                self._extend(request)
+        return max(most, 0)
+
+    def _extend(self, request: Request) -> bool:
+        """One more page for a running request, if there is any."""
+        lease = request.lease
+        assert lease is not None
+        page = self._cache.extend(lease)
+        if page is not None:
+            self._page_updates.append((request.row, len(lease.pages) - 1, page))
+        return page is not None
+
+    def _return_reserved(self) -> bool:
+        """Take back pages for steps that have not been; whether there were any."""
+        before, size = self._cache.num_available, self._limits.page_size
         for request in self._running:
             lease = request.lease
             assert lease is not None
-            # What others need next is not taken for steps that may never be.
-            while len(lease.pages) * size < len(request.tokens) + most and self._cache.num_available > len(chunks):
-                page = self._cache.extend(lease)
-                assert page is not None
-                self._page_updates.append((request.row, len(lease.pages) - 1, page))
-            most = min(most, len(lease.pages) * size - len(request.tokens))
-        return most
+            self._cache.shrink(lease, -(-len(request.tokens) // size))
+        return self._cache.num_available > before
 
     def _retract(self, request: Request) -> None:
         self._leave(request)
@@ -385,7 +400,10 @@ class Scheduler:
                 # A running request computes the page that this one needs next: in a step or two it will be cached.
                 deferred.append(self._waiting.popleft())
                 continue
-            lease = self._cache.acquire(match, *self._wanted_pages(request))
+            wanted = self._wanted_pages(request)
+            lease = self._cache.acquire(match, *wanted)
+            if lease is None and self._return_reserved():
+                lease = self._cache.acquire(match, *wanted)
             if lease is None:
                 break
             self._waiting.popleft()
@@ -493,6 +511,13 @@ class Scheduler:
         self._running.remove(request)
         self._free_rows.append(request.row)
         request.row = -1
+
+
+def _missing_pages(request: Request, steps: int, page_size: int) -> int:
+    """What it needs for so many tokens beyond the one that is computed next."""
+    lease = request.lease
+    assert lease is not None
+    return max(-(-(len(request.tokens) + steps) // page_size) - len(lease.pages), 0)
 
 
 def _next_page(node: Node, num_cached: int, keys: list[PageKey]) -> set[tuple[Node, PageKey]]:
