@@ -560,6 +560,24 @@ def test_pages_of_steps_that_have_not_been_go_to_who_needs_them() -> None:
     assert all(run.answer(rid)[1] == "length" for rid in "ab")
 
 
+def test_pages_of_steps_that_have_not_been_go_to_who_grows() -> None:
+    """`a` and `b` have a page too many each when `c` needs its third and there is none."""
+    run = Run(num_pages=10, chunked_prefill_size=-1, schedule_conservativeness=0.01)
+    for rid in "ab":
+        run.scheduler.add(generate(rid, 7, 20, start=ord(rid), ignore_eos=True, sampling=GREEDY))
+    run.step(9)
+    assert run.step(9, most=0).more == 8
+    run.scheduler.add(generate("c", 7, 20, start=3, ignore_eos=True, sampling=GREEDY))
+    run.step()
+    run.step()
+    assert run.cache.num_available == 0
+    run.step()
+    assert run.scheduler.load().retractions_total == 0
+    assert run.cache.num_available == 1
+    run.finish()
+    assert all(run.answer(rid)[1] == "length" for rid in "abc")
+
+
 def test_a_step_that_draws_for_some_only_is_followed_by_none() -> None:
     """What `b` had said is computed again, token by token: that is no prefill, and yet nothing is drawn for it."""
     run = Run(chunked_prefill_size=1)
