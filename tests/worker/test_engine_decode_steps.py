@@ -52,12 +52,12 @@ def sizes(engine: Engine, requests: list[Generate]) -> tuple[dict[str, list[int]
     [
         {},
         {"tp": 2},
-        {"tp": 4},
+        pytest.param({"tp": 4}, marks=pytest.mark.slow),
         {"chunked_prefill_size": 17},
         {"max_total_tokens": 176, "schedule_conservativeness": 0.01},
         {"page_size": 1},
-        {"enable_deterministic_inference": True, "tp": 2},
-        {"threads": 2},
+        pytest.param({"enable_deterministic_inference": True, "tp": 2}, marks=pytest.mark.slow),
+        pytest.param({"threads": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -115,7 +115,7 @@ def test_a_stop_token_of_one_ends_them_for_all(llama: Reference) -> None:
     assert at_a_time[:3] == [1, at, 8]
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_of_equal_logits_of_two_ranks_the_first_counts(tmp_path: Path, tp: int) -> None:
     """As in transformers, and with one rank."""
     make_model(tmp_path, "Llama")

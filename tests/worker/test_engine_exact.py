@@ -381,7 +381,7 @@ def test_a_corrupted_cached_page_changes_a_hit_and_not_a_miss(
 ) -> None:
     """A hit really reads the pool: the prefill that was saved is not done again in secret."""
     prompt, answer = reference.prompts[-1], reference.answers[-1]
-    engine = load_engine(reference.folder)
+    engine = load_engine(reference.folder, num_continuous_decode_steps=1)
     executor = engine.executor
     assert isinstance(executor, RankExecutor)
     rows: list[int] = []

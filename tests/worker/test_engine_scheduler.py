@@ -15,7 +15,10 @@ from warmroute_worker.messages import Generate, Sampling, Times
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.mark.parametrize(("seed", "operations"), [*((seed, 1000) for seed in range(16)), (17, 10_000), (20, 10_000)])
+@pytest.mark.parametrize(
+    ("seed", "operations"),
+    [*((seed, 1000) for seed in range(16)), pytest.param(17, 10_000, marks=pytest.mark.slow), (20, 10_000)],
+)
 def test_thousands_of_random_operations(seed: int, operations: int) -> None:
     """Common prefixes, aborts in every state, pools that are too small: each answer is that of the model."""
     draw = random.Random(seed)

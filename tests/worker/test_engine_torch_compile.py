@@ -91,7 +91,7 @@ def test_on_two_ranks(tmp_path: Path) -> None:
 def test_a_layer_is_computed_with_the_compiled_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither our own products nor the native decode step hide it. Nothing is compiled here."""
     make_llama(tmp_path)
-    plain = load_engine(tmp_path)
+    plain = load_engine(tmp_path, num_continuous_decode_steps=1)
     function = Counted(compiled_mlp._gated_mlp)
     monkeypatch.setattr(compiled_mlp, "compiled", lambda: function)
     engine = load_engine(tmp_path, enable_torch_compile=True)

@@ -335,8 +335,8 @@ class Scheduler:
                     self._retract(self._running[-1])
 
     def _reserve_steps(self, chunks: Sequence[Chunk], most: int) -> int:
-        """How many steps, up to `most`, can follow one of these chunks before something must be decided; takes the pages
-        for them."""
+        """Take the pages for steps that follow one of these chunks: as many, up to `most`, as there can be before
+        something must be decided. Returns how many."""
         running, size = self._running, self._limits.page_size
         if len(chunks) < len(running) or any(chunk.is_prefill or not chunk.samples for chunk in chunks):
             return 0
