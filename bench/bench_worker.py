@@ -78,7 +78,8 @@ async def _streams(batch: int, new: int, worker: subprocess.Popen[bytes]) -> flo
             except aiohttp.ClientError:
                 pass
             await asyncio.sleep(0.1)
-        times: list[list[float]] = [[] for _ in range(batch)]
+        times: list[list[tuple[float, int]]] = [[] for _ in range(batch)]
+        """When an event came, and the tokens of the answer by then."""
 
         async def stream(index: int) -> None:
             body = {
@@ -89,13 +90,18 @@ async def _streams(batch: int, new: int, worker: subprocess.Popen[bytes]) -> flo
             async with session.post("/generate", json=body) as response:
                 async for line in response.content:
                     if line.startswith(b"data: {"):
-                        times[index].append(time.perf_counter())
+                        tokens = int(line.rpartition(b'"completion_tokens":')[2].partition(b",")[0])
+                        times[index].append((time.perf_counter(), tokens))
 
         await stream(0)
         times[0].clear()
         await asyncio.gather(*(stream(index) for index in range(batch)))
-    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
-    return sum(begin < moment <= end for own in times for moment in own) / (end - begin)
+    begin, end = max(own[0][0] for own in times), min(own[-1][0] for own in times)
+
+    def tokens_by(moment: float) -> int:
+        return sum(max(tokens for when, tokens in own if when <= moment) for own in times)
+
+    return (tokens_by(end) - tokens_by(begin)) / (end - begin)
 
 
 def in_a_process(loop: Callable[[str, int, int, int], float]) -> Callable[[argparse.Namespace, int], float]:

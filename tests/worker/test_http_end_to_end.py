@@ -262,6 +262,36 @@ def test_eos_and_stop_token_ids_end_an_answer(model: Model, client: httpx.Client
         assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": expected[4]}
 
 
+def test_each_event_is_an_answer_up_to_a_token(model: Model, client: httpx.Client) -> None:
+    """However many tokens came together, and however late they are sent."""
+    sampling = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
+    body = {"input_ids": model.prompts[5], "sampling_params": sampling, "stream": True}
+    events = sse(client.post("/generate", json=body).text)
+    assert events[-1]["output_ids"] == model.expected[5]
+    assert [event["output_ids"] for event in events] == [
+        model.expected[5][: event["meta_info"]["completion_tokens"]] for event in events
+    ]
+    assert [event["text"] for event in events] == [events[-1]["text"][: len(event["text"])] for event in events]
+    assert [event["meta_info"]["finish_reason"] for event in events[:-1]] == [None] * (len(events) - 1)
+    assert events[-1]["meta_info"]["finish_reason"] == {"type": "length", "length": 32}
+    counts = [event["meta_info"]["completion_tokens"] for event in events]
+    assert counts == sorted(set(counts))
+    body = {"model": "m", "prompt": model.prompts[5], "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    events = sse(client.post("/v1/completions", json=body | {"stream": True}).text)
+    assert (
+        "".join(event["choices"][0]["text"] for event in events)
+        == client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    )
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None] * (len(events) - 1) + ["length"]
+
+
+def sse(text: str) -> list[dict[str, Any]]:
+    """The events but the end mark."""
+    found = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert found.pop() == "[DONE]"
+    return [json.loads(event) for event in found]
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl_sees_tokens_when_they_are_made(worker: WorkerProcess) -> None:
     body = {"prompt": "some text", "stream": True, "max_tokens": 200, "ignore_eos": True, "temperature": 1.0, "seed": 3}

@@ -473,24 +473,40 @@ async def test_of_tokens_with_the_same_text_the_likeliest_is_told(app: RunningAp
 
 @pytest.mark.parametrize("stops", [("cd",), ("bx", "c"), ("d", "cdef"), ("nothing",), ("f",), ()])
 @pytest.mark.parametrize("at_a_time", [1, 2, 3, 7])
+@pytest.mark.parametrize("streams", [False, True])
 async def test_a_stop_string_ends_the_tokens_however_many_come_at_a_time(
-    app: RunningApp, stops: tuple[str, ...], at_a_time: int
+    app: RunningApp, stops: tuple[str, ...], at_a_time: int, streams: bool
 ) -> None:
     """What the engine has computed behind it is neither told nor counted."""
 
     def state() -> RequestState:
         detokenizer = app.service.tokenizer.detokenizer([])
-        return RequestState("r", "r", 1, detokenizer, stops, frozenset(), asyncio.Event(), True, 0)
+        return RequestState("r", "r", 1, detokenizer, stops, frozenset(), asyncio.Event(), streams, 0)
 
     tokens, one, other = list(b"abcdefg"), state(), state()
     for token in tokens:
         if one.finish is None:
             one.advance([token], "length" if token == tokens[-1] else None, 0, None)
+    pieces = []
     for at in range(0, len(tokens), at_a_time):
         if other.finish is None:
             some = tokens[at : at + at_a_time]
             other.advance(some, "length" if some[-1] == tokens[-1] else None, 0, None)
-    assert (other.output_ids, other.finish, other.take_text()) == (one.output_ids, one.finish, one.take_text())
+            pieces += other.take_pieces()
+    assert (other.output_ids, other.finish) == (one.output_ids, one.finish)
+    assert "".join(piece.text for piece in pieces) == one.take_text()
+    if streams and not stops:
+        assert pieces == [(chr(token), number) for number, token in enumerate(tokens, 1)]
+
+
+async def test_what_a_slow_reader_missed_comes_in_one_piece(app: RunningApp) -> None:
+    detokenizer = app.service.tokenizer.detokenizer([])
+    state = RequestState("r", "r", 1, detokenizer, (), frozenset(), asyncio.Event(), True, 0)
+    state.advance(list(b"ab"), None, 0, None)
+    state.advance(list(b"cde"), None, 0, None)
+    assert state.take_pieces() == [("abcde", 5)]
+    state.advance(list(b"fg"), "length", 0, None)
+    assert state.take_pieces() == [("f", 6), ("g", 7)]
 
 
 async def test_echo_puts_the_prompt_before_the_answer(tmp_path: Path) -> None:

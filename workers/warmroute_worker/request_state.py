@@ -7,7 +7,7 @@ passed in.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from warmroute_worker.stop_strings import StopStrings
 
@@ -34,6 +34,14 @@ class Finish:
     @property
     def is_failure(self) -> bool:
         return self.kind in ("abort", "error") and not self.wanted
+
+
+class Piece(NamedTuple):
+    """Some text of an answer."""
+
+    text: str
+    tokens: int
+    """Of the answer, up to its end."""
 
 
 class RequestState:
@@ -102,7 +110,7 @@ class RequestState:
         self._detokenizer = detokenizer
         self._stop = StopStrings(stop_strings)
         self._trimmed = trimmed_ids
-        self._pending: list[str] = []
+        self._pending: list[Piece] = []
 
     def __repr__(self) -> str:
         end = f", {self.finish.kind}" if self.finish else ""
@@ -126,38 +134,44 @@ class RequestState:
             self.logprobs.append(logprobs)
         if prompt_logprobs is not None and self.prompt_ids:
             self.prompt_logprobs = [None, *prompt_logprobs]
+        late = bool(self._pending)
         ends_at = self.output_ids[-1] if finish_reason == "stop" and self.output_ids else None
         trimmed = ends_at is not None and ends_at in self._trimmed and bool(token_ids)
-        text = self._text_of(token_ids[:-1] if trimmed else token_ids)
+        self._take_text_of(token_ids[:-1] if trimmed else token_ids, len(self.output_ids) - len(token_ids))
         stopped_here = self._stop.matched is not None
         if stopped_here:
             self.finish = Finish("stop", self._stop.matched)
         elif finish_reason in ("stop", "length"):
-            text += self._stop.finish()
+            self._add_text(self._stop.finish(), len(self.output_ids))
             self.finish = Finish("stop", ends_at) if finish_reason == "stop" else Finish("length")
         elif finish_reason is not None:
             self.fail("abort" if finish_reason == "abort" else "error", error or "the engine gave no reason")
-        if text:
-            self._pending.append(text)
+        if late:
+            # Who is to send it has not come to it: one event costs less than several.
+            self._pending = [Piece(self.take_text(), len(self.output_ids))]
         if first or self.wants_steps or self.finish is not None:
             self.changed.set()
         return stopped_here and finish_reason is None
 
-    def _text_of(self, new: Sequence[int]) -> str:
-        """Of the last of `output_ids`, from which those behind the one that completes a stop string are taken."""
-        if not self._stop or len(new) <= 1:
-            return self._stop.feed(self._detokenizer.feed(new))
-        text, begin = "", len(self.output_ids) - len(new)
-        for place, token in enumerate(new):
-            text += self._stop.feed(self._detokenizer.feed([token]))
+    def _take_text_of(self, new: Sequence[int], before: int) -> None:
+        """Of the tokens that came after `before` others. Those behind the one that completes a stop string are dropped
+        from `output_ids`."""
+        if len(new) <= 1 or not (self._stop or self.wants_steps):
+            self._add_text(self._stop.feed(self._detokenizer.feed(new)), before + len(new))
+            return
+        for count, token in enumerate(new, before + 1):
+            self._add_text(self._stop.feed(self._detokenizer.feed([token])), count)
             if self._stop.matched is not None:
-                del self.output_ids[begin + place + 1 :]
+                del self.output_ids[count:]
                 break
-        return text
+
+    def _add_text(self, text: str, tokens: int) -> None:
+        if text:
+            self._pending.append(Piece(text, tokens))
 
     def begin_with(self, text: str) -> None:
         """Put `text` before the answer, which stop strings do not look at."""
-        self._pending.append(text)
+        self._add_text(text, 0)
         self.echoed = len(text)
 
     def fail(self, kind: Literal["abort", "error"], message: str) -> None:
@@ -166,8 +180,7 @@ class RequestState:
 
     def abort(self) -> None:
         """End the answer where it is."""
-        if rest := self._stop.finish():
-            self._pending.append(rest)
+        self._add_text(self._stop.finish(), len(self.output_ids))
         self.finish = Finish("abort", message="aborted by request", wanted=True)
         self.changed.set()
 
@@ -179,6 +192,9 @@ class RequestState:
 
     def take_text(self) -> str:
         """The text that is new since the last call."""
-        text = "".join(self._pending)
-        self._pending.clear()
-        return text
+        return "".join(piece.text for piece in self.take_pieces())
+
+    def take_pieces(self) -> list[Piece]:
+        """The same token by token, of those that came together and have any."""
+        pieces, self._pending = self._pending, []
+        return pieces

@@ -15,7 +15,7 @@ from warmroute_worker.http.service import SERVICE
 from warmroute_worker.http.sse import event, json_bytes, stream_answer
 
 if TYPE_CHECKING:
-    from warmroute_worker.request_state import RequestState
+    from warmroute_worker.request_state import Finish, Piece, RequestState
 
 HEALTH_SECONDS = 20.0
 _NEW_TOKENS = 128
@@ -88,7 +88,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
         {
             "text": state.take_text(),
             "output_ids": state.output_ids,
-            "meta_info": _meta_info(state, dp_rank) | logprobs.of_native_prompt(state),
+            "meta_info": _meta_info(state, dp_rank, len(state.output_ids), state.finish)
+            | logprobs.of_native_prompt(state),
         }
         for state, dp_rank in zip(generation.states, generation.dp_ranks, strict=True)
     ]
@@ -176,14 +177,15 @@ class _Chunks:
         del index
         return b""
 
-    def progress(self, index: int, state: RequestState, text: str) -> bytes:
-        self._texts[index] += json_bytes(text)[1:-1]
-        if new := state.output_ids[self._sent_ids[index] :]:
+    def progress(self, index: int, state: RequestState, piece: Piece, *, is_last: bool) -> bytes:
+        self._texts[index] += json_bytes(piece.text)[1:-1]
+        if new := state.output_ids[self._sent_ids[index] : piece.tokens]:
             self._ids[index] += (b"," if self._sent_ids[index] else b"") + json_bytes(new)[1:-1]
             self._sent_ids[index] += len(new)
         parts: list[bytes | bytearray] = [b'{"text":', self._texts[index], b'","output_ids":[', self._ids[index]]
         parts.append(b'],"meta_info":')
-        meta = json_bytes(_meta_info(state, self._generation.dp_ranks[index]))
+        finish = state.finish if is_last else None
+        meta = json_bytes(_meta_info(state, self._generation.dp_ranks[index], piece.tokens, finish))
         of_prompt = self._of_prompts[index]
         if of_prompt is None:
             of_prompt = self._of_prompts[index] = json_bytes(logprobs.of_native_prompt(state))[1:-1]
@@ -196,8 +198,8 @@ class _Chunks:
         return b""
 
 
-def _meta_info(state: RequestState, dp_rank: int) -> dict[str, Any]:
-    finish = state.finish
+def _meta_info(state: RequestState, dp_rank: int, tokens: int, finish: Finish | None) -> dict[str, Any]:
+    """After so many tokens of the answer."""
     reason: dict[str, Any] | None = None
     if finish is not None and not finish.is_failure:
         reason = {"type": finish.kind}
@@ -206,12 +208,12 @@ def _meta_info(state: RequestState, dp_rank: int) -> dict[str, Any]:
         elif finish.kind == "abort":
             reason["message"] = finish.message
         else:
-            reason["length"] = len(state.output_ids)
+            reason["length"] = tokens
     return {
         "id": state.name,
         "finish_reason": reason,
         "prompt_tokens": state.prompt_tokens,
-        "completion_tokens": len(state.output_ids),
+        "completion_tokens": tokens,
         "cached_tokens": state.cached_tokens or 0,
         "dp_rank": dp_rank,
         "e2e_latency": time.monotonic() - state.arrived,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from warmroute_worker.http.service import Service
-    from warmroute_worker.request_state import RequestState
+    from warmroute_worker.request_state import Piece, RequestState
     from warmroute_worker.tokenizer import Tokenizer
 
 _COMPLETION_TOKENS = 16
@@ -184,9 +184,10 @@ class _Chunks:
     def opening(self, index: int) -> bytes:
         return b"" if self._form.opening is None else self._chunk(index, self._form.opening, None, None)
 
-    def progress(self, index: int, state: RequestState, text: str) -> bytes:
+    def progress(self, index: int, state: RequestState, piece: Piece, *, is_last: bool) -> bytes:
+        text = piece.text
         events = self._chunk(index, self._form.piece(text), self._news(index, state, text), None) if text else b""
-        if state.finish is not None and not state.finish.is_failure:
+        if is_last and state.finish is not None and not state.finish.is_failure:
             events += self._chunk(index, self._form.piece(""), self._news(index, state, ""), _finish_reason(state))
         return events
 

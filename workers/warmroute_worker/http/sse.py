@@ -1,4 +1,5 @@
-"""Server-sent events: one answer as a stream of `data:` lines, one write per step of the engine."""
+"""Server-sent events: one answer as a stream of `data:` lines, one for each token, one write for those that come
+together."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import json
 from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
+
+from warmroute_worker.request_state import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,8 +36,8 @@ class Dialect(Protocol):
     def opening(self, index: int) -> bytes:
         """Before the first text of the prompt `index`."""
 
-    def progress(self, index: int, state: RequestState, text: str) -> bytes:
-        """New text of a prompt, perhaps none when it is finished; and how it finished, unless it failed."""
+    def progress(self, index: int, state: RequestState, piece: Piece, *, is_last: bool) -> bytes:
+        """New text of a prompt, perhaps none when it is the last; and then how it finished, unless it failed."""
 
     def closing(self, generation: Generation) -> bytes:
         """After all prompts, before the end mark."""
@@ -65,11 +68,14 @@ def _progress(running: dict[int, RequestState], dialect: Dialect) -> bytes:
     """The events of one step; takes finished prompts out of `running`."""
     events = []
     for index, state in list(running.items()):
-        text = state.take_text()
-        if text or state.finish is not None:
-            events.append(dialect.progress(index, state, text))
+        pieces = state.take_pieces()
         if state.finish is not None:
+            last = pieces.pop() if pieces else Piece("", 0)
+            pieces.append(Piece(last.text, len(state.output_ids)))
             del running[index]
+        for piece in pieces:
+            is_last = state.finish is not None and piece is pieces[-1]
+            events.append(dialect.progress(index, state, piece, is_last=is_last))
     return b"".join(events)
 
 
