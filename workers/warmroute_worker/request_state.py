@@ -49,6 +49,7 @@ class RequestState:
 
     __slots__ = (
         "_detokenizer",
+        "_late",
         "_pending",
         "_stop",
         "_trimmed",
@@ -111,6 +112,8 @@ class RequestState:
         self._stop = StopStrings(stop_strings)
         self._trimmed = trimmed_ids
         self._pending: list[Piece] = []
+        self._late = False
+        """There was something pending when the last row came."""
 
     def __repr__(self) -> str:
         end = f", {self.finish.kind}" if self.finish else ""
@@ -134,7 +137,7 @@ class RequestState:
             self.logprobs.append(logprobs)
         if prompt_logprobs is not None and self.prompt_ids:
             self.prompt_logprobs = [None, *prompt_logprobs]
-        late = bool(self._pending)
+        self._late = bool(self._pending)
         ends_at = self.output_ids[-1] if finish_reason == "stop" and self.output_ids else None
         trimmed = ends_at is not None and ends_at in self._trimmed and bool(token_ids)
         self._take_text_of(token_ids[:-1] if trimmed else token_ids, len(self.output_ids) - len(token_ids))
@@ -146,9 +149,6 @@ class RequestState:
             self.finish = Finish("stop", ends_at) if finish_reason == "stop" else Finish("length")
         elif finish_reason is not None:
             self.fail("abort" if finish_reason == "abort" else "error", error or "the engine gave no reason")
-        if late:
-            # Who is to send it has not come to it: one event costs less than several.
-            self._pending = [Piece(self.take_text(), len(self.output_ids))]
         if first or self.wants_steps or self.finish is not None:
             self.changed.set()
         return stopped_here and finish_reason is None
@@ -192,9 +192,14 @@ class RequestState:
 
     def take_text(self) -> str:
         """The text that is new since the last call."""
-        return "".join(piece.text for piece in self.take_pieces())
+        pieces, self._pending = self._pending, []
+        return "".join(piece.text for piece in pieces)
 
     def take_pieces(self) -> list[Piece]:
-        """The same token by token, of those that came together and have any."""
+        """The same, if any: token by token, of those that came together; or in one, if there was another row since the
+        last call, since who is late has better to do than to send many events."""
+        if self._late and self._pending:
+            tokens = self._pending[-1].tokens
+            return [Piece(self.take_text(), tokens)]
         pieces, self._pending = self._pending, []
         return pieces
