@@ -86,12 +86,12 @@ def test_cold_and_cached(llama: Model, changes: dict[str, Any], first: int) -> N
     """In company of each other and of one who does not ask; the answers are the same as without."""
     engine = load_engine(llama.folder, **changes)
     plain = [Generate(request.rid, request.token_ids, 3, sampling=GREEDY) for request in asking(llama.prompts)]
-    expected = {rid: [row.token_ids for row in rows] for rid, rows in run(engine, plain).items()}
+    expected = {rid: [token for row in rows for token in row.token_ids] for rid, rows in run(engine, plain).items()}
     engine.scheduler.flush(1)
     for _ in range(2):
         rows = run(engine, [*asking(llama.prompts, first), Generate("silent", [9] * 50, 3, sampling=GREEDY)])
         check(llama, rows, first)
-        assert {rid: [row.token_ids for row in rows[rid]] for rid in expected} == expected
+        assert {rid: [token for row in rows[rid] for token in row.token_ids] for rid in expected} == expected
         assert all(row.prompt_logprobs is None for row in rows["silent"])
     cached = [rows[str(n)][0].cached_tokens for n in range(len(LENGTHS))]
     whole_pages = [(min(length - 1, first - 1) if first < length else length - 1) // 16 * 16 for length in LENGTHS]
