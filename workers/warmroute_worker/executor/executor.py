@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from warmroute_worker.messages import TokenLogprobs
     from warmroute_worker.step_plan import StepPlan
 
-    Drawn = tuple[Sequence[int], Mapping[int, TokenLogprobs]]
+    Drawn = tuple[list[int], Mapping[int, TokenLogprobs]]
     """The sampled tokens of a plan, in its order, step by step, and the logprobs that were asked for, by place in that
     order; prompt tokens have the places after the last."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from warmroute_worker.kv.cache import PageLease
     from warmroute_worker.kv.radix import PageKey
     from warmroute_worker.messages import Sampling, TokenLogprobs
@@ -130,14 +128,14 @@ class Request:
             self._keys.append(tuple(self.tokens[index * size : (index + 1) * size]))
         return self._keys[:count]
 
-    def take(self, new: Sequence[int]) -> str | None:
+    def take(self, new: list[int]) -> str | None:
         """Append `new`, of which all but the last have been computed, too. Returns the finish reason, or None."""
-        self.tokens += new
-        self.num_computed += max(len(new) - 1, 0)
-        return self._finish_reason() if new else "length"
-
-    def _finish_reason(self) -> str | None:
-        """Judged by the newest token."""
-        if self.tokens[-1] in self.stop_token_ids:
+        if not new:
+            return "length"
+        tokens = self.tokens
+        tokens += new
+        if len(new) > 1:
+            self.num_computed += len(new) - 1
+        if new[-1] in self.stop_token_ids:
             return "stop"
-        return "length" if len(self.tokens) >= self.prompt_length + self.max_new_tokens else None
+        return "length" if len(tokens) >= self.prompt_length + self.max_new_tokens else None

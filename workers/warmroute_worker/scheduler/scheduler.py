@@ -234,7 +234,7 @@ class Scheduler:
         return StepOutput(rows, self.load())
 
     def apply(
-        self, token_ids: Sequence[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS, now: float = 0.0
+        self, token_ids: list[int], logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS, now: float = 0.0
     ) -> StepOutput:
         """Take the tokens of the oldest plan under way, one per sampled sequence in its order, and say what is new. If
         several steps went in it, theirs stand one behind the other.
@@ -263,7 +263,7 @@ class Scheduler:
             if not samples:
                 continue
             # Who wants none came for its prompt's logprobs, or to warm the cache.
-            new = list(token_ids[place::num_sampled]) if request.max_new_tokens else []
+            new = token_ids[place::num_sampled] if request.max_new_tokens else []
             reason = request.take(new)
             self._generation_tokens_total += len(new)
             row = Row(request.rid, new, reason, request.cached_tokens or 0, None, logprobs.get(place) if new else None)
